@@ -1,0 +1,239 @@
+"""Linear solves: Cholesky with a verdict, and conjugate gradients on pytrees."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.scipy.linalg
+from jaxtyping import Array, Bool, Float, Int
+
+from sparserec import _tree
+from sparserec._types import PRECISION, Mask, Params, Scalar, Status
+
+
+class LinearSolve(NamedTuple):
+    """Answer of a linear solve.
+
+    Attributes:
+      value: the solution, shaped like the right-hand side.
+      status: `CONVERGED`; `MAX_STEPS` (an inner approximation, usable);
+        `NOT_POSITIVE_DEFINITE` or `NONFINITE` (`value` must not be trusted).
+    """
+
+    value: Params
+    status: Int[Array, ""]
+
+
+def usable(status: Int[Array, ""]) -> Bool[Array, ""]:
+    """Whether a solve ended well enough for its value to be used."""
+    return (status == Status.CONVERGED) | (status == Status.MAX_STEPS)
+
+
+def _one_by_one(solve: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes `jax.vmap` of a factorisation a loop on CPU, and a batch elsewhere.
+
+    Batched LAPACK calls inside compiled loops can deadlock jaxlib's CPU thread pool
+    (all workers wait for parts of batches that no worker is left to compute), and
+    one core gains nothing from batching them.
+    """
+    wrapped = jax.custom_batching.custom_vmap(solve)
+
+    @wrapped.def_vmap
+    def rule(axis_size, in_batched, *operands):
+        batched = [
+            x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+            for x, is_batched in zip(operands, in_batched, strict=True)
+        ]
+        results = jax.lax.platform_dependent(
+            *batched,
+            cpu=lambda *xs: jax.lax.map(lambda x: wrapped(*x), xs),
+            default=jax.vmap(solve),
+        )
+        return results, jax.tree.map(lambda _: True, results)
+
+    return functools.wraps(solve)(wrapped)
+
+
+@_one_by_one
+def solve_positive(
+    matrix: Float[Array, "n n"], rhs: Float[Array, "n"]
+) -> tuple[Float[Array, "n"], Bool[Array, ""]]:
+    """Cholesky solve of a symmetric positive definite system.
+
+    Returns:
+      The solution, shape `(n,)`, and whether the factorisation succeeded, shape
+      `()`; where it did not the solution is NaN.
+    """
+    factor = jnp.linalg.cholesky(matrix)
+    value = jax.scipy.linalg.cho_solve((factor, True), rhs[:, None])[:, 0]
+    return value, jnp.all(jnp.isfinite(factor))
+
+
+@_one_by_one
+def inverse_positive(
+    matrix: Float[Array, "n n"],
+) -> tuple[Float[Array, "n n"], Bool[Array, ""]]:
+    """Inverse of a symmetric positive definite matrix, and whether it is one."""
+    factor = jnp.linalg.cholesky(matrix)
+    identity = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+    inverse = jax.scipy.linalg.cho_solve((factor, True), identity)
+    return inverse, jnp.all(jnp.isfinite(factor))
+
+
+@_one_by_one
+def cholesky_solve(
+    factor: Float[Array, "n n"], rhs: Float[Array, "n"]
+) -> Float[Array, "n"]:
+    """Solves with a lower Cholesky factor."""
+    return jax.scipy.linalg.cho_solve((factor, True), rhs[:, None])[:, 0]
+
+
+cholesky = _one_by_one(jnp.linalg.cholesky)
+"""Lower Cholesky factor of one matrix, NaN where it does not exist."""
+
+
+def direct_status(succeeded: Bool[Array, ""], value: Params) -> Int[Array, ""]:
+    """Status of a factorisation: not positive definite, not finite, or converged."""
+    verdict = jnp.where(
+        _tree.all_finite(value), int(Status.CONVERGED), int(Status.NONFINITE)
+    )
+    return jnp.where(succeeded, verdict, int(Status.NOT_POSITIVE_DEFINITE)).astype(
+        jnp.int32
+    )
+
+
+def restrict(
+    matrix: Float[Array, "n n"], mask: Bool[Array, "n"], damping: Scalar
+) -> Float[Array, "n n"]:
+    """`matrix + damping I` on the support, the identity elsewhere."""
+    on_support = mask[:, None] & mask[None, :]
+    diagonal = jnp.where(mask, jnp.asarray(damping, matrix.dtype), 1)
+    return jnp.where(on_support, matrix, 0) + jnp.diag(diagonal)
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """Matrix product at the precision of the package."""
+    return jnp.matmul(a, b, precision=PRECISION)
+
+
+class _CGState(NamedTuple):
+    value: Params
+    residual: Params
+    direction: Params
+    energy: Scalar  # <residual, preconditioned residual>
+    steps: Int[Array, ""]
+    status: Int[Array, ""]
+
+
+def while_loop(keep_going, body, state, *, on_host: bool):
+    """`jax.lax.while_loop`, or the same loop in Python where the body asks for it.
+
+    Convolutions inside a compiled loop run tens of times slower on CPU than
+    outside, and data visited in chunks must not be in one program; such bodies
+    run their loops on the host.
+    """
+    if not on_host:
+        return jax.lax.while_loop(keep_going, body, state)
+    while keep_going(state):
+        state = body(state)
+    return state
+
+
+def conjugate_gradients(
+    matvec: Callable[[Params], Params],
+    rhs: Params,
+    mask: Mask,
+    *,
+    damping: Scalar,
+    tol: Scalar | float,
+    max_steps: int,
+    precondition: Callable[[Params], Params] | None = None,
+    on_host: bool = False,
+) -> LinearSolve:
+    r"""Solves $M(H + \lambda I)M\,x = M\,b$ by preconditioned conjugate gradients.
+
+    Args:
+      matvec: product with the symmetric $H$ on pytrees.
+      rhs: right-hand side $b$; entries off the mask are ignored.
+      mask: support $M$; the answer is exactly zero off it.
+      damping: $\lambda$, in units of $H$, shape `()`.
+      tol: stop when the residual norm is below `tol` times that of $Mb$.
+      max_steps: largest number of products; static.
+      precondition: approximate inverse on the support; identity if `None`.
+      on_host: run the loop in Python, one product at a time.
+
+    Returns:
+      The iterate with status `CONVERGED`, `MAX_STEPS` (the usual end when few
+      steps are allowed: an inner approximation that lowers the model at every
+      step), or `NOT_POSITIVE_DEFINITE` when a direction of non-positive curvature
+      was met; then the iterate before it is returned.
+
+    Source: Hestenes & Stiefel (1952); stopping at negative curvature as in
+    Steihaug (1983).
+    """
+
+    def apply_inverse(residual: Params) -> Params:
+        return residual if precondition is None else precondition(residual)
+
+    def operator(v: Params) -> Params:
+        return _tree.keep(mask, _tree.add_scaled(matvec(v), damping, v))
+
+    target = _tree.keep(mask, rhs)
+    first = _tree.keep(mask, apply_inverse(target))
+    threshold = jnp.square(jnp.asarray(tol, _tree.dtype(rhs))) * _tree.dot(
+        target, target
+    )
+
+    def body(state: _CGState) -> _CGState:
+        product = operator(state.direction)
+        curvature = _tree.dot(state.direction, product)
+        positive = curvature > 0
+        length = jnp.where(positive, state.energy / jnp.where(positive, curvature, 1), 0)
+        value = _tree.add_scaled(state.value, length, state.direction)
+        residual = _tree.add_scaled(state.residual, -length, product)
+        preconditioned = _tree.keep(mask, apply_inverse(residual))
+        energy = _tree.dot(residual, preconditioned)
+        ratio = energy / jnp.where(state.energy > 0, state.energy, 1)
+        converged = _tree.dot(residual, residual) <= threshold
+        steps = state.steps + 1
+        status = jnp.where(
+            ~jnp.isfinite(curvature),
+            int(Status.NONFINITE),
+            jnp.where(
+                ~positive,
+                int(Status.NOT_POSITIVE_DEFINITE),
+                jnp.where(
+                    converged,
+                    int(Status.CONVERGED),
+                    jnp.where(
+                        steps >= max_steps, int(Status.MAX_STEPS), int(Status.RUNNING)
+                    ),
+                ),
+            ),
+        )
+        return _CGState(
+            value=value,
+            residual=residual,
+            direction=_tree.add_scaled(preconditioned, ratio, state.direction),
+            energy=energy,
+            steps=steps,
+            status=status.astype(jnp.int32),
+        )
+
+    nothing_to_do = _tree.dot(target, target) <= 0
+    start = _CGState(
+        value=_tree.zeros_like(target),
+        residual=target,
+        direction=first,
+        energy=_tree.dot(target, first),
+        steps=jnp.zeros((), jnp.int32),
+        status=jnp.where(
+            nothing_to_do, int(Status.CONVERGED), int(Status.RUNNING)
+        ).astype(jnp.int32),
+    )
+    end = while_loop(
+        lambda state: state.status == Status.RUNNING, body, start, on_host=on_host
+    )
+    return LinearSolve(end.value, end.status)

@@ -1,0 +1,47 @@
+"""Quadratic models of a loss and the curvatures they are made of."""
+
+from sparserec.quadratic._builders import (
+    block_diagonal,
+    dense,
+    diagonal,
+    least_squares,
+    low_rank,
+)
+from sparserec.quadratic._explicit import BlockDiagonal, Dense, Diagonal, LowRank
+from sparserec.quadratic._matrix_free import (
+    CurvatureFn,
+    GaussNewton,
+    Hessian,
+    MatrixFree,
+    gauss_newton,
+    hessian,
+    softmax_cross_entropy,
+    squared_error,
+)
+from sparserec.quadratic._model import Curvature, QuadraticModel, mean_curvature
+from sparserec.quadratic._objective import Objective, make_objective
+
+__all__ = [
+    "BlockDiagonal",
+    "Curvature",
+    "CurvatureFn",
+    "Dense",
+    "Diagonal",
+    "GaussNewton",
+    "Hessian",
+    "LowRank",
+    "MatrixFree",
+    "Objective",
+    "QuadraticModel",
+    "block_diagonal",
+    "dense",
+    "diagonal",
+    "gauss_newton",
+    "hessian",
+    "least_squares",
+    "low_rank",
+    "make_objective",
+    "mean_curvature",
+    "softmax_cross_entropy",
+    "squared_error",
+]

@@ -1,0 +1,89 @@
+"""The local quadratic model of a loss, and what a curvature must be able to do."""
+
+import dataclasses
+from typing import Protocol, Self, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sparserec import _tree
+from sparserec._linsolve import LinearSolve
+from sparserec._types import Mask, Params, Scalar
+
+
+@runtime_checkable
+class Curvature(Protocol):
+    r"""A symmetric matrix $H$ over the entries of a pytree.
+
+    Beyond the three operations below a curvature may offer
+    `inverse_diagonal(damping)`, the diagonal of $(H+\lambda I)^{-1}$;
+    `effective_dimension(damping)`, the trace of $(H+\lambda I)^{-1}H$; and
+    `to_matrix()`, $H$ as one array. Solvers that need one of these say so by
+    name when it is missing.
+    """
+
+    def matvec(self, v: Params) -> Params:
+        """Product $Hv$, shaped like `v`."""
+        ...
+
+    def diagonal(self) -> Params:
+        """Diagonal of $H$, shaped like the params."""
+        ...
+
+    def solve_on(self, mask: Mask, rhs: Params, damping: Scalar) -> LinearSolve:
+        r"""$x_Q = (H_{QQ} + \lambda I)^{-1} b_Q$ on the support $Q$, zero off it."""
+        ...
+
+
+def mean_curvature(curvature: Curvature) -> Scalar:
+    """Mean of the absolute diagonal: the scale to which relative damping refers.
+
+    Exact where the curvature has a cheap diagonal. Matrix-free curvatures give an
+    estimate from one product with a fixed vector of signs, whose expectation over
+    random signs is the mean of the diagonal.
+    """
+    estimate = getattr(curvature, "mean_diagonal", None)
+    if estimate is not None:
+        return estimate()
+    return jnp.mean(jnp.abs(_tree.flatten(curvature.diagonal())))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuadraticModel:
+    r"""$q(w) = v + \langle g, w-c\rangle + \frac12 (w-c)^\top H (w-c)$.
+
+    A model is callable and can be given wherever a loss is: `model(params)`.
+
+    Attributes:
+      center: the point $c$, a pytree of floating arrays.
+      value: $v$, the loss at the center, shape `()`.
+      gradient: $g$, shaped like `center`, in units of loss per unit of weight.
+      curvature: $H$; see `Curvature`.
+    """
+
+    center: Params
+    value: Float[Array, ""]
+    gradient: Params
+    curvature: Curvature
+
+    def __call__(self, params: Params) -> Scalar:
+        """Value of the model at `params`, shape `()`."""
+        step = _tree.sub(params, self.center)
+        half = jnp.asarray(0.5, _tree.dtype(step))
+        bend = half * _tree.dot(step, self.curvature.matvec(step))
+        return self.value + _tree.dot(self.gradient, step) + bend
+
+    def at(self, params: Params) -> Self:
+        """The same quadratic, expanded around `params` instead of the center."""
+        step = _tree.sub(params, self.center)
+        product = self.curvature.matvec(step)
+        half = jnp.asarray(0.5, _tree.dtype(step))
+        slope = _tree.dot(self.gradient, step)
+        return dataclasses.replace(
+            self,
+            center=params,
+            value=self.value + slope + half * _tree.dot(step, product),
+            gradient=_tree.add(self.gradient, product),
+        )

@@ -1,0 +1,71 @@
+"""What a solver minimises: a loss with the way to model it, or a model itself."""
+
+import dataclasses
+import functools
+
+import jax
+from jax.tree_util import Partial
+
+from sparserec._types import LossFn, Params, Scalar
+from sparserec.quadratic import _chunked
+from sparserec.quadratic._matrix_free import CurvatureFn, Hessian
+from sparserec.quadratic._model import QuadraticModel
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["loss_fn"],
+    meta_fields=["curvature", "batch_size"],
+)
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A loss together with the way its quadratic models are built.
+
+    Attributes:
+      loss_fn: a `jax.tree_util.Partial` around the user's function, or a
+        `QuadraticModel`; a pytree, so that the arrays in it are traced.
+      curvature: builds the local model; ignored where the loss is a model; static.
+      batch_size: examples visited at a time, with loops on the host; `None` for
+        all at once in one compiled program; static.
+    """
+
+    loss_fn: LossFn | QuadraticModel
+    curvature: CurvatureFn
+    batch_size: int | None = None
+
+    @property
+    def on_host(self) -> bool:
+        """Whether loops around this objective must run in Python."""
+        return self.batch_size is not None
+
+    @property
+    def is_quadratic(self) -> bool:
+        """Whether the loss is a quadratic model, equal to its local model."""
+        return isinstance(self.loss_fn, QuadraticModel)
+
+    def value(self, params: Params, args: tuple) -> Scalar:
+        """The loss at `params`."""
+        if self.batch_size is None:
+            return self.loss_fn(params, *args)
+        return _chunked.value(self.loss_fn, params, args, self.batch_size)
+
+    def model(self, params: Params, args: tuple) -> QuadraticModel:
+        """The local quadratic model at `params`."""
+        if isinstance(self.loss_fn, QuadraticModel):
+            return self.loss_fn.at(params)
+        if self.batch_size is None:
+            return self.curvature(self.loss_fn, params, args)
+        return _chunked.local_model(
+            self.curvature, self.loss_fn, params, args, self.batch_size
+        )
+
+
+def make_objective(
+    loss_fn: LossFn | QuadraticModel,
+    curvature: CurvatureFn | None = None,
+    batch_size: int | None = None,
+) -> Objective:
+    """Wraps a loss so that it can be an argument of compiled functions."""
+    wrapped = loss_fn if isinstance(loss_fn, QuadraticModel) else Partial(loss_fn)
+    builder = Hessian() if curvature is None else curvature
+    return Objective(wrapped, builder, batch_size)

@@ -1,0 +1,1 @@
+"""One file per algorithm; the functions are re-exported by the package itself."""

@@ -1,0 +1,187 @@
+"""What every solver does before its first step: look at the input, explain, convert."""
+
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparserec import _tree
+from sparserec._run import Solver, run
+from sparserec._solution import Solution
+from sparserec._types import LossFn, Params, Prunable, Scalar, Status
+from sparserec.budget import Budget, make_budget
+from sparserec.quadratic import CurvatureFn, Objective, QuadraticModel, make_objective
+
+
+def solve(
+    make_solver: Callable[[Objective], Solver],
+    loss_fn: LossFn | QuadraticModel,
+    params: Params,
+    k: int | jax.Array | Mapping[str, int | jax.Array],
+    *,
+    args: tuple = (),
+    batches: Callable[[int], tuple] | tuple | None = None,
+    curvature: CurvatureFn | None = None,
+    needs: tuple[str, ...] = (),
+    prunable: Prunable,
+    batch_size: int | None = None,
+    tol: Scalar | float,
+    max_steps: int,
+) -> Solution:
+    """The common path from the user's call to a `Solution`.
+
+    Checks the input, raises half precision to float32, runs the solver that
+    `make_solver(objective)` returns, and casts the answer back. `needs` names the
+    operations beyond the basic ones that the curvature must offer.
+    """
+    budget = make_budget(k, params, prunable)
+    check_positive_int("max_steps", max_steps)
+    first = check_data(args, batches, batch_size, max_steps)
+    if batches is not None and not callable(batches):
+        max_steps = min(max_steps, len(jax.tree.leaves(batches)[0]))
+    objective = make_objective(loss_fn, curvature, batch_size)
+    working = _tree.to_working_precision(params)
+    check_loss(objective, working, first, needs)
+    solution = run(
+        make_solver(objective),
+        working,
+        budget,
+        args,
+        tol=tol,
+        max_steps=max_steps,
+        batches=batches,
+        on_host=objective.on_host,
+    )
+    check_start(solution)
+    return solution._replace(params=_tree.cast_like(solution.params, params))
+
+
+def check_positive_int(name: str, value: object) -> None:
+    """Raises unless `value` is a Python integer of at least one."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+
+
+def check_data(
+    args: tuple,
+    batches: Callable[[int], tuple] | tuple | None,
+    batch_size: int | None,
+    max_steps: int,
+) -> tuple:
+    """Explains data of the wrong form; returns the data of the first step."""
+    if not isinstance(args, tuple):
+        raise TypeError(
+            f"`args` must be a tuple, got {type(args).__name__}; write `args=(x, y)`."
+        )
+    if batches is not None and args:
+        raise ValueError(
+            "give either `args` (the same data at every step) or `batches` (fresh "
+            "data at every step), not both."
+        )
+    if callable(batches):
+        first = batches(0)
+        if not isinstance(first, tuple):
+            raise TypeError(
+                "`batches(step)` must return a tuple of arguments for the loss, "
+                f"such as `(x, y)`; got {type(first).__name__}."
+            )
+    elif batches is not None:
+        steps = {jnp.shape(x)[:1] for x in jax.tree.leaves(batches)}
+        if not isinstance(batches, tuple) or len(steps) != 1 or () in steps:
+            raise ValueError(
+                "stacked `batches` must be a tuple of arrays that share their "
+                "leading axis, one entry per step; got leading sizes "
+                f"{sorted(steps)}."
+            )
+        first = jax.tree.map(lambda x: x[0], batches)
+    else:
+        first = args
+    if batch_size is not None:
+        check_positive_int("batch_size", batch_size)
+        check_same_leading_size(first)
+    return first
+
+
+def check_same_leading_size(args: tuple) -> None:
+    """Raises where the arrays in `args` do not share their leading axis."""
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(args)]
+    if len({shape[:1] for shape in shapes}) > 1 or () in shapes:
+        raise ValueError(
+            "the arrays in `args` must share their leading axis, the examples; got "
+            f"shapes {shapes}."
+        )
+
+
+def check_loss(
+    objective: Objective, params: Params, args: tuple, needs: tuple[str, ...]
+) -> None:
+    """Traces the loss once with shapes only, and explains what is wrong with it."""
+    if objective.is_quadratic:
+        if args:
+            raise ValueError(
+                "a quadratic model takes no data: leave `args` and `batches` out."
+            )
+        center = objective.loss_fn.center
+        if _tree.layout(center) != _tree.layout(params):
+            raise ValueError(
+                "`params` must have the structure and shapes of the model's center, "
+                f"{_tree.layout(center)}; got {_tree.layout(params)}."
+            )
+        _check_operations(objective.loss_fn.curvature, needs)
+        return
+    try:
+        value = _shape_of_loss(objective.loss_fn, params, args)
+    except (TypeError, ValueError) as error:
+        leading = {jnp.shape(x)[:1] for x in jax.tree.leaves(args)}
+        if len(leading) > 1:
+            shapes = [jnp.shape(x) for x in jax.tree.leaves(args)]
+            raise ValueError(
+                "the loss cannot be evaluated on these `args`; their leading sizes "
+                f"differ (shapes {shapes}), and examples must match one to one."
+            ) from error
+        raise
+    if getattr(value, "shape", None) != () or not jnp.issubdtype(
+        value.dtype, jnp.floating
+    ):
+        raise ValueError(
+            "the loss must return one real number, got "
+            f"{jax.tree.map(lambda x: (x.shape, str(x.dtype)), value)}. Take the mean "
+            "over the examples: `return jnp.mean(losses)`."
+        )
+    if needs:
+        model = jax.eval_shape(objective.curvature, objective.loss_fn, params, args)
+        _check_operations(model.curvature, needs)
+
+
+@functools.partial(jax.jit)
+def _evaluate(loss_fn, params, args):
+    return loss_fn(params, *args)
+
+
+def _shape_of_loss(loss_fn: LossFn, params: Params, args: tuple):
+    return _evaluate.eval_shape(loss_fn, params, args)
+
+
+def _check_operations(curvature: object, needs: tuple[str, ...]) -> None:
+    missing = [name for name in needs if not hasattr(curvature, name)]
+    if missing:
+        raise ValueError(
+            f"this choice needs a curvature with {missing}, which "
+            f"{type(curvature).__name__} does not have. Use a stored curvature "
+            "(`sparserec.quadratic.dense(...)`, or a model with at most "
+            "`Hessian(dense_limit=...)` weights), or `mask_rule='top_k'`."
+        )
+
+
+def check_start(solution: Solution) -> None:
+    """Raises where the loss was not finite to begin with; traced solutions pass."""
+    if isinstance(solution.status, jax.core.Tracer) or solution.status.ndim:
+        return
+    if solution.status == Status.NONFINITE and solution.iterations == 0:
+        raise ValueError(
+            "the loss is NaN or infinite at the starting params. Look for NaN in "
+            "`params` and `args`: `jax.tree.map(lambda x: bool(jnp.isnan(x).any()), "
+            "(params, args))`."
+        )

@@ -1,0 +1,172 @@
+"""Mask rules of I-OBS: from a Newton point and a curvature to a support."""
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from sparserec import _linsolve, _tree, select
+from sparserec._linsolve import matmul
+from sparserec._types import Mask, Params, Scalar
+from sparserec.budget import Budget
+from sparserec.quadratic import Curvature
+
+EXACT_LIMIT = 16
+"""Most weights for the exhaustive rule: 65,536 supports."""
+
+_CHUNK = 2048  # supports factorised at a time by the exhaustive rule
+
+MaskRule = Callable[[Params, Curvature, Scalar, Budget], Mask]
+
+
+def by_magnitude(
+    point: Params, curvature: Curvature, damping: Scalar, budget: Budget
+) -> Mask:
+    r"""The k largest $|u_i|$ (Topk-I-OBS)."""
+    del curvature, damping
+    return select.support(point, budget.counts, budget.groups)
+
+
+def by_saliency(
+    point: Params, curvature: Curvature, damping: Scalar, budget: Budget
+) -> Mask:
+    r"""The k largest $u_i^2 / [(H+\lambda I)^{-1}]_{ii}$ (OBS saliency)."""
+    scores = jax.tree.map(
+        lambda u, v: jnp.square(u) / v, point, curvature.inverse_diagonal(damping)
+    )
+    return select.support(scores, budget.counts, budget.groups)
+
+
+class Elimination(NamedTuple):
+    """State of backward elimination.
+
+    Attributes:
+      values: weights after the removals so far, shape `(n,)`.
+      inverse: inverse of the curvature on the weights alive, shape `(n, n)`.
+      alive: shape `(n,)`.
+      excess: removals left in each group, shape `(groups,)`.
+    """
+
+    values: Float[Array, "n"]
+    inverse: Float[Array, "n n"]
+    alive: Bool[Array, "n"]
+    excess: Int[Array, "groups"]
+
+
+def eliminate(
+    values: Float[Array, "n"],
+    inverse: Float[Array, "n n"],
+    budget: Budget,
+    layout: _tree.Layout,
+) -> Elimination:
+    r"""Removes one weight after another, each at the least cost, refitting the rest.
+
+    Every round removes $p = \arg\min u_i^2/[K]_{ii}$ and updates
+    $u \leftarrow u - K e_p u_p/K_{pp}$, $K \leftarrow K - K e_p e_p^\top K/K_{pp}$.
+
+    Source: Hassibi & Stork (1993); Frantar & Alistarh (2022), OBC.
+    """
+    sizes = [int(np.prod(shape)) for shape in layout.shapes]
+    group_of = jnp.asarray(np.repeat(budget.groups, sizes), jnp.int32)
+    start = Elimination(
+        values=values,
+        inverse=inverse,
+        alive=jnp.ones(values.shape, bool),
+        excess=jnp.maximum(jnp.asarray(budget.sizes, jnp.int32) - budget.counts, 0),
+    )
+
+    def remove_one(state: Elimination) -> Elimination:
+        diagonal = jnp.diagonal(state.inverse)
+        removable = state.alive & (group_of >= 0) & (state.excess[group_of] > 0)
+        cost = jnp.square(state.values) / jnp.where(diagonal > 0, diagonal, 1)
+        # The last of equal costs goes, so that ties leave the lowest indices.
+        cost = jnp.where(removable, cost, jnp.inf)
+        chosen = values.shape[0] - 1 - jnp.argmin(cost[::-1])
+        column = state.inverse[:, chosen]
+        pivot = jnp.where(column[chosen] > 0, column[chosen], 1)
+        gone = jnp.arange(values.shape[0]) == chosen
+        inverse = state.inverse - jnp.outer(column, column) / pivot
+        inverse = jnp.where(gone[:, None] | gone[None, :], 0, inverse)
+        left = state.values - column * (state.values[chosen] / pivot)
+        return Elimination(
+            values=jnp.where(gone | ~state.alive, 0, left),
+            inverse=inverse,
+            alive=state.alive & ~gone,
+            excess=state.excess.at[group_of[chosen]].add(-1),
+        )
+
+    return jax.lax.while_loop(
+        lambda state: jnp.any(state.excess > 0), remove_one, start
+    )
+
+
+def by_elimination(
+    point: Params, curvature: Curvature, damping: Scalar, budget: Budget
+) -> Mask:
+    """The support that backward elimination (OBC) leaves; dense curvatures."""
+    layout = _tree.layout(point)
+    matrix = _damped(curvature, damping)
+    inverse, _ = _linsolve.inverse_positive(matrix)
+    return layout.split(
+        eliminate(_tree.flatten(point), inverse, budget, layout).alive
+    )
+
+
+def by_enumeration(
+    point: Params, curvature: Curvature, damping: Scalar, budget: Budget
+) -> Mask:
+    r"""The best of all supports: $\arg\max_Q b_Q^\top H_{QQ}^{-1} b_Q$, $b = Hu$.
+
+    This is the exact sparse projection of the Newton point in the norm of the
+    curvature, for at most 16 weights.
+
+    Source: I-OBS (Wu et al., 2024), Option 2, in its support form.
+    """
+    layout = _tree.layout(point)
+    matrix = _damped(curvature, damping)
+    target = matmul(matrix, _tree.flatten(point))
+    sizes = [int(np.prod(shape)) for shape in layout.shapes]
+    group_of = np.repeat(budget.groups, sizes)
+    members = np.stack([group_of == g for g in range(len(budget.sizes))], axis=1)
+    subsets = np.array(list(itertools.product([True, False], repeat=len(group_of))))
+    always = subsets[:, group_of < 0].all(axis=1)
+    counts = jnp.asarray(subsets @ members.astype(np.int32), jnp.int32)
+    wanted = jnp.clip(budget.counts, 0, jnp.asarray(budget.sizes, jnp.int32))
+    allowed = jnp.asarray(always) & jnp.all(counts == wanted[None, :], axis=1)
+
+    def gain(support: Bool[Array, "n"]) -> Scalar:
+        right = jnp.where(support, target, 0)
+        value, succeeded = _linsolve.solve_positive(
+            _linsolve.restrict(matrix, support, jnp.zeros((), matrix.dtype)), right
+        )
+        return jnp.where(succeeded, jnp.vdot(right, value), -jnp.inf)
+
+    gains = jax.lax.map(gain, jnp.asarray(subsets), batch_size=_CHUNK)
+    best = jnp.argmax(jnp.where(allowed, gains, -jnp.inf))
+    return layout.split(jnp.asarray(subsets)[best])
+
+
+def _damped(curvature: Curvature, damping: Scalar) -> Float[Array, "n n"]:
+    matrix = curvature.to_matrix()
+    everything = jnp.ones(matrix.shape[0], bool)
+    return _linsolve.restrict(matrix, everything, damping)
+
+
+MASK_RULES: dict[str, MaskRule] = {
+    "top_k": by_magnitude,
+    "saliency": by_saliency,
+    "backward": by_elimination,
+    "exact": by_enumeration,
+}
+
+NEEDS: dict[str, tuple[str, ...]] = {
+    "top_k": (),
+    "saliency": ("inverse_diagonal",),
+    "backward": ("to_matrix",),
+    "exact": ("to_matrix",),
+}
+"""Operations beyond the basic ones that a rule needs of the curvature."""

@@ -1,0 +1,54 @@
+"""The strict session that every test runs in, and what tests share."""
+
+import os
+import pathlib
+from collections.abc import Iterator
+
+import hypothesis
+import jax
+import pytest
+
+# The tests choose these, never the library. Double precision makes comparisons with
+# NumPy oracles sharp; the other two turn silent broadcasting and silent promotion
+# into errors.
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Four devices on any CPU, so that the sharding tests run everywhere. Whoever asks for
+# devices in XLA_FLAGS keeps their number, JAX refuses to hear it twice.
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    jax.config.update("jax_num_cpu_devices", 4)
+
+# The first example of a property pays for compilation, so time limits would only
+# measure the compiler. Derandomized: the same run everywhere, no database of failures.
+hypothesis.settings.register_profile(
+    "sparserec",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("sparserec")
+
+
+@pytest.fixture
+def lenient_promotion() -> Iterator[None]:
+    """JAX's own promotion rules, for tests that run the code of other packages.
+
+    Optax's Adam, for one, raises a float to an integer array. Asked for with
+    `@pytest.mark.usefixtures("lenient_promotion")`.
+    """
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> pathlib.Path:
+    """The folder of data sets and pretrained networks, or a skip without one."""
+    name = os.environ.get("SPARSEREC_DATA", "")
+    if not name:
+        pytest.skip("needs data: set SPARSEREC_DATA to the folder that holds it")
+    folder = pathlib.Path(name)
+    if not folder.is_dir():
+        pytest.fail(f"SPARSEREC_DATA names {name!r}, which is not a folder")
+    return folder
