@@ -90,8 +90,17 @@ def cholesky_solve(
     return jax.scipy.linalg.cho_solve((factor, True), rhs[:, None])[:, 0]
 
 
-cholesky = _one_by_one(jnp.linalg.cholesky)
-"""Lower Cholesky factor of one matrix, NaN where it does not exist."""
+@_one_by_one
+def cholesky(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """Lower Cholesky factor of one matrix, NaN where it does not exist."""
+    return jnp.linalg.cholesky(matrix)
+
+
+@_one_by_one
+def eigh(matrix: Float[Array, "n n"]) -> tuple[Float[Array, "n"], Float[Array, "n n"]]:
+    """Eigenvalues, ascending, and eigenvectors of one symmetric matrix."""
+    values, vectors = jnp.linalg.eigh(matrix)
+    return values, vectors
 
 
 def direct_status(succeeded: Bool[Array, ""], value: Params) -> Int[Array, ""]:
@@ -123,6 +132,7 @@ class _CGState(NamedTuple):
     residual: Params
     direction: Params
     energy: Scalar  # <residual, preconditioned residual>
+    stiffest: Scalar  # largest curvature of a unit direction so far
     steps: Int[Array, ""]
     status: Int[Array, ""]
 
@@ -168,7 +178,8 @@ def conjugate_gradients(
       The iterate with status `CONVERGED`, `MAX_STEPS` (the usual end when few
       steps are allowed: an inner approximation that lowers the model at every
       step), or `NOT_POSITIVE_DEFINITE` when a direction of non-positive curvature
-      was met; then the iterate before it is returned.
+      was met, or of none beside the stiffest one; then the iterate before it is
+      returned.
 
     Source: Hestenes & Stiefel (1952); stopping at negative curvature as in
     Steihaug (1983).
@@ -189,7 +200,12 @@ def conjugate_gradients(
     def body(state: _CGState) -> _CGState:
         product = operator(state.direction)
         curvature = _tree.dot(state.direction, product)
-        positive = curvature > 0
+        norm_squared = _tree.dot(state.direction, state.direction)
+        # Below this it is rounding: a singular matrix would send the iterate to
+        # infinity. Far beyond the conditions that can be solved at all.
+        noise = state.stiffest * jnp.finfo(norm_squared.dtype).eps ** 1.5
+        positive = curvature > noise * norm_squared
+        stiffness = curvature / jnp.where(norm_squared > 0, norm_squared, 1)
         length = jnp.where(positive, state.energy / jnp.where(positive, curvature, 1), 0)
         value = _tree.add_scaled(state.value, length, state.direction)
         residual = _tree.add_scaled(state.residual, -length, product)
@@ -218,6 +234,7 @@ def conjugate_gradients(
             residual=residual,
             direction=_tree.add_scaled(preconditioned, ratio, state.direction),
             energy=energy,
+            stiffest=jnp.maximum(state.stiffest, stiffness),
             steps=steps,
             status=status.astype(jnp.int32),
         )
@@ -228,6 +245,7 @@ def conjugate_gradients(
         residual=target,
         direction=first,
         energy=_tree.dot(target, first),
+        stiffest=jnp.zeros((), _tree.dtype(target)),
         steps=jnp.zeros((), jnp.int32),
         status=jnp.where(
             nothing_to_do, int(Status.CONVERGED), int(Status.RUNNING)
@@ -237,3 +255,108 @@ def conjugate_gradients(
         lambda state: state.status == Status.RUNNING, body, start, on_host=on_host
     )
     return LinearSolve(end.value, end.status)
+
+
+def shifted_solves(
+    matvec: Callable[[Params], Params],
+    rhs: Params,
+    dampings: Float[Array, "s"],
+    *,
+    steps: int,
+    on_host: bool = False,
+) -> Params:
+    r"""Approximates $(A + \lambda_i I)^{-1} b$ for several dampings at the cost of one.
+
+    A Krylov space does not change when a multiple of the identity is added, so one
+    Lanczos run serves every damping. Negative eigenvalues of the projected matrix
+    count as zero, so that an indefinite $A$ cannot turn a step uphill.
+
+    Args:
+      matvec: product with the symmetric $A$ on pytrees.
+      rhs: right-hand side $b$.
+      dampings: $\lambda_i > 0$, in units of $A$, shape `(s,)`.
+      steps: dimension of the Krylov space, one product each; static.
+      on_host: run the loop in Python, one product at a time.
+
+    Returns:
+      Solutions in the Krylov space, shaped like `rhs` with one more leading axis s.
+
+    Source: Lanczos (1950) with full reorthogonalisation; Frommer & Maass (1999) on
+    shifted systems.
+    """
+    wide = _tree.dtype(rhs)
+    length = _tree.norm(rhs)
+    tiny = jnp.finfo(wide).tiny
+    basis = jax.tree.map(
+        lambda b: (
+            jnp.zeros((steps, *b.shape), b.dtype)
+            .at[0]
+            .set(b / jnp.maximum(length, tiny).astype(b.dtype))
+        ),
+        rhs,
+    )
+
+    def body(state: _LanczosState) -> _LanczosState:
+        index = state.index
+        product = matvec(jax.tree.map(lambda v: v[index], state.basis))
+        coefficients = _basis_coefficients(state.basis, product)
+        diagonal = state.diagonal.at[index].set(coefficients[index])
+        for _ in range(2):  # once is not enough in floating point, twice is
+            overlap = _basis_coefficients(state.basis, product)
+            product = _tree.sub(product, _combine(overlap, state.basis))
+        remainder = _tree.norm(product)
+        grown = jax.tree.map(
+            lambda v, a: v.at[index + 1].set(
+                a / jnp.maximum(remainder, tiny).astype(a.dtype), mode="drop"
+            ),
+            state.basis,
+            product,
+        )
+        return _LanczosState(
+            basis=grown,
+            diagonal=diagonal,
+            side=state.side.at[index].set(remainder),
+            index=index + 1,
+        )
+
+    blank = jnp.zeros(steps, wide)
+    end = while_loop(
+        lambda state: state.index < steps,
+        body,
+        _LanczosState(basis, blank, blank, jnp.int32(0)),
+        on_host=on_host,
+    )
+    side = end.side[:-1]
+    values, vectors = eigh(
+        jnp.diag(end.diagonal) + jnp.diag(side, 1) + jnp.diag(side, -1)
+    )
+    shifted = jnp.maximum(values, 0)[None, :] + dampings.astype(wide)[:, None]
+    weights = matmul(length * vectors[0][None, :] / shifted, vectors.T)
+    return jax.tree.map(
+        lambda v: jnp.tensordot(weights.astype(v.dtype), v, 1, precision=PRECISION),
+        end.basis,
+    )
+
+
+class _LanczosState(NamedTuple):
+    basis: Params  # orthonormal, one more leading axis
+    diagonal: Float[Array, "steps"]  # of the projected, tridiagonal matrix
+    side: Float[Array, "steps"]  # beside it; the last entry is not used
+    index: Int[Array, ""]
+
+
+def _basis_coefficients(basis: Params, a: Params) -> Float[Array, "steps"]:
+    wide = _tree.dtype(a)
+    terms = jax.tree.map(
+        lambda v, x: jnp.tensordot(v, x, x.ndim, precision=PRECISION).astype(wide),
+        basis,
+        a,
+    )
+    return functools.reduce(jnp.add, jax.tree.leaves(terms))
+
+
+def _combine(coefficients: Float[Array, "steps"], basis: Params) -> Params:
+    return jax.tree.map(
+        lambda v: jnp.tensordot(coefficients.astype(v.dtype), v, 1, precision=PRECISION),
+        basis,
+    )

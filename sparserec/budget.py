@@ -130,7 +130,8 @@ def make_budget(
       prunable: see `prunable_leaves`.
 
     Returns:
-      A `Budget`. A traced count beyond the group's size keeps everything.
+      A `Budget`. A traced count beyond the group's size keeps everything, one below
+      zero nothing.
 
     Raises:
       TypeError: `k` is a float or a bool (of any container), naming the remedy.
@@ -186,7 +187,9 @@ def _check_count(k: Any, size: int, label: str, what: str) -> Array:
         )
     if not isinstance(k, jax.core.Tracer) and not 0 <= int(k) <= size:
         raise ValueError(f"`{label}` must lie in [0, {size}] ({what}), got {int(k)}.")
-    return jnp.asarray(k, jnp.int32)
+    # A traced count cannot be refused; outside the range it means nothing or all.
+    limit = min(size, jnp.iinfo(jnp.int32).max)
+    return jnp.clip(jnp.asarray(k, jnp.int32), 0, limit)
 
 
 def keep(

@@ -60,6 +60,11 @@ def _product(curvature, loss_fn, params, args, v):
     return curvature(loss_fn, params, args).curvature.matvec(v)
 
 
+@functools.partial(jax.jit, static_argnames="curvature")
+def _probe(curvature, loss_fn, params, args, number):
+    return curvature(loss_fn, params, args).curvature.estimate_diagonal(number)
+
+
 def _weighted_sum(terms: Iterator[tuple[Params, float]]) -> Params:
     total = None
     for term, weight in terms:
@@ -86,6 +91,13 @@ def _chunked_product(curvature, loss_fn, params, args, batch_size):
     return product
 
 
+def _chunked_probe(curvature, loss_fn, params, args, batch_size, number):
+    return _weighted_sum(
+        (_probe(curvature, loss_fn, params, piece, number), weight)
+        for piece, weight in chunks(args, batch_size)
+    )
+
+
 def local_model(
     curvature: CurvatureFn,
     loss_fn: LossFn,
@@ -101,15 +113,11 @@ def local_model(
         (_value_and_gradient(loss_fn, params, piece), weight)
         for piece, weight in chunks(args, batch_size)
     )
+    data = (loss_fn, params, args, batch_size)
     summed = MatrixFree(
-        prepare=Partial(
-            functools.partial(_chunked_product, curvature),
-            loss_fn,
-            params,
-            args,
-            batch_size,
-        ),
+        prepare=Partial(functools.partial(_chunked_product, curvature), *data),
         center=params,
+        probe=Partial(functools.partial(_chunked_probe, curvature), *data),
         cg_steps=getattr(curvature, "cg_steps", 20),
         cg_tol=getattr(curvature, "cg_tol", 1e-4),
         on_host=True,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.tree_util import Partial
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sparserec import _linsolve, _tree
 from sparserec._linsolve import LinearSolve
@@ -23,7 +23,7 @@ CurvatureFn = Callable[[LossFn, Params, tuple], QuadraticModel]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["prepare", "center", "preconditioner"],
+    data_fields=["prepare", "center", "preconditioner", "probe"],
     meta_fields=["cg_steps", "cg_tol", "on_host"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,9 @@ class MatrixFree:
       center: pytree with the shapes and dtypes of the params.
       preconditioner: positive estimate of the diagonal of H, shaped like the
         params, for Jacobi preconditioning; `None` for none.
+      probe: pytree callable from an integer to a non-negative estimate of the
+        diagonal of H whose expectation over many integers is the diagonal; `None`
+        where only products are known.
       cg_steps: products allowed in one solve; static. Few steps act as a
         regulariser on networks, where the model is trusted only nearby.
       cg_tol: relative residual at which a solve stops early; static.
@@ -46,6 +49,7 @@ class MatrixFree:
     prepare: Callable[[], Callable[[Params], Params]]
     center: Params
     preconditioner: Params | None = None
+    probe: Callable[[Int[Array, ""]], Params] | None = None
     cg_steps: int = 100
     cg_tol: float = 1e-8
     on_host: bool = False
@@ -72,9 +76,18 @@ class MatrixFree:
             return layout.split(jnp.stack([entry(i) for i in indices]))
         return layout.split(jax.lax.map(entry, indices))
 
+    def estimate_diagonal(self, number: Int[Array, ""]) -> Params:
+        """A non-negative estimate of the diagonal, another one for every number."""
+        if self.probe is not None:
+            return self.probe(number)
+        signs = _signs(self.center, number)
+        return jax.tree.map(
+            lambda s, h: jnp.abs(s * h), signs, self.matvec(signs)
+        )
+
     def mean_diagonal(self) -> Scalar:
         """Estimate of the mean absolute diagonal from one product."""
-        signs = _fixed_signs(self.center)
+        signs = _signs(self.center, jnp.int32(0))
         size = jnp.asarray(_tree.size(self.center), _tree.dtype(self.center))
         return jnp.abs(_tree.dot(signs, self.matvec(signs))) / size
 
@@ -101,13 +114,22 @@ class MatrixFree:
         )
 
 
-def _fixed_signs(like: Params) -> Params:
-    """A vector of signs without pattern: bits of a multiplicative hash of the index."""
+def _signs(like: Params, number: Int[Array, ""]) -> Params:
+    """Signs without pattern, hashed from the index of the entry and a number."""
     layout = _tree.layout(like)
-    hashed = jnp.arange(layout.size, dtype=jnp.uint32) * jnp.uint32(2654435769)
-    mixed = (hashed ^ (hashed >> 15)) * jnp.uint32(2246822519)
+    index = jnp.arange(layout.size, dtype=jnp.uint32)
+    mixed = (index + jnp.uint32(1)) * jnp.uint32(2654435769)
+    mixed += (number.astype(jnp.uint32) + jnp.uint32(1)) * jnp.uint32(2246822519)
+    for shift, factor in ((16, 2246822507), (13, 3266489909)):
+        mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
     signs = jnp.where((mixed >> 31) == 0, 1, -1).astype(_tree.dtype(like))
     return _tree.cast_like(layout.split(signs), like)
+
+
+def as_pytree(function: Callable) -> Partial:
+    """The function as a pytree; the arrays in a `Partial` stay leaves of it."""
+    # A `Partial` of a `Partial` would hold the inner one as static data.
+    return function if isinstance(function, Partial) else Partial(function)
 
 
 def value_and_gradient(loss_fn: LossFn, params: Params, args: tuple):
@@ -134,7 +156,7 @@ class Hessian:
     """
 
     dense_limit: int = 512
-    cg_steps: int = 100
+    cg_steps: int = 20
     cg_tol: float = 1e-8
 
     def __call__(self, loss_fn: LossFn, params: Params, args: tuple) -> QuadraticModel:
@@ -147,7 +169,7 @@ class Hessian:
             )
         else:
             curvature = MatrixFree(
-                prepare=Partial(_hessian_product, Partial(loss_fn), params, args),
+                prepare=Partial(_hessian_product, as_pytree(loss_fn), params, args),
                 center=params,
                 cg_steps=self.cg_steps,
                 cg_tol=self.cg_tol,
@@ -178,6 +200,26 @@ def _gauss_newton_product(predict_fn, output_loss_fn, params, args):
         lambda o: jax.grad(output_loss_fn)(o, targets), outputs
     )[1]
     return lambda v: pull(bend(push(v)))[0]
+
+
+def _gauss_newton_probe(predict_fn, output_loss_fn, params, args, number):
+    """Squares of one pulled-back vector of random signs: unbiased for the diagonal."""
+    *inputs, targets = args
+    outputs, pull = jax.vjp(lambda p: predict_fn(p, *inputs), params)
+    signs = _signs(outputs, number)
+    root = _ROOTS.get(output_loss_fn.func)
+    if root is not None:
+        half = root(outputs, signs)
+    else:
+        # Without a known root: that of the diagonal of the output curvature.
+        other = _signs(outputs, number + jnp.int32(1 << 20))
+        bend = jax.jvp(
+            lambda o: jax.grad(output_loss_fn)(o, targets), (outputs,), (other,)
+        )[1]
+        half = jax.tree.map(
+            lambda s, o, h: s * jnp.sqrt(jnp.maximum(o * h, 0)), signs, other, bend
+        )
+    return jax.tree.map(jnp.square, pull(half)[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +264,13 @@ class GaussNewton:
                 args,
             ),
             center=params,
+            probe=Partial(
+                _gauss_newton_probe,
+                Partial(self.predict_fn),
+                Partial(self.output_loss_fn),
+                params,
+                args,
+            ),
             cg_steps=self.cg_steps,
             cg_tol=self.cg_tol,
         )
@@ -287,3 +336,27 @@ def squared_error(
     """
     half = jnp.asarray(0.5 / outputs.shape[0], outputs.dtype)
     return half * jnp.sum(jnp.square(outputs - targets))
+
+
+def _softmax_root(
+    logits: Float[Array, "m classes"], v: Float[Array, "m classes"]
+) -> Float[Array, "m classes"]:
+    r"""$Fv$ with $FF^\top = (\mathrm{diag}(p) - pp^\top)/m$ for every example."""
+    probabilities = jax.nn.softmax(logits)
+    roots = jnp.sqrt(probabilities)
+    inner = jnp.sum(roots * v, axis=-1, keepdims=True)
+    share = jnp.asarray(logits.shape[0] ** -0.5, logits.dtype)
+    return share * (roots * v - probabilities * inner)
+
+
+def _squared_error_root(
+    outputs: Float[Array, "m *dims"], v: Float[Array, "m *dims"]
+) -> Float[Array, "m *dims"]:
+    return jnp.asarray(outputs.shape[0] ** -0.5, outputs.dtype) * v
+
+
+_ROOTS: dict[Callable, Callable] = {
+    softmax_cross_entropy: _softmax_root,
+    squared_error: _squared_error_root,
+}
+"""Roots of the output curvature that are known in closed form."""

@@ -4,11 +4,11 @@ import dataclasses
 import functools
 
 import jax
-from jax.tree_util import Partial
 
+from sparserec import _tree
 from sparserec._types import LossFn, Params, Scalar
 from sparserec.quadratic import _chunked
-from sparserec.quadratic._matrix_free import CurvatureFn, Hessian
+from sparserec.quadratic._matrix_free import CurvatureFn, Hessian, as_pytree
 from sparserec.quadratic._model import QuadraticModel
 
 
@@ -44,20 +44,27 @@ class Objective:
         return isinstance(self.loss_fn, QuadraticModel)
 
     def value(self, params: Params, args: tuple) -> Scalar:
-        """The loss at `params`."""
+        """The loss at `params`, in the widest dtype among their leaves."""
         if self.batch_size is None:
-            return self.loss_fn(params, *args)
-        return _chunked.value(self.loss_fn, params, args, self.batch_size)
+            value = self.loss_fn(params, *args)
+        else:
+            value = _chunked.value(self.loss_fn, params, args, self.batch_size)
+        # A loss in half precision, or on wider data, must not change the dtype of
+        # what the iterations carry along.
+        return value.astype(_tree.dtype(params))
 
     def model(self, params: Params, args: tuple) -> QuadraticModel:
         """The local quadratic model at `params`."""
         if isinstance(self.loss_fn, QuadraticModel):
             return self.loss_fn.at(params)
         if self.batch_size is None:
-            return self.curvature(self.loss_fn, params, args)
-        return _chunked.local_model(
-            self.curvature, self.loss_fn, params, args, self.batch_size
-        )
+            model = self.curvature(self.loss_fn, params, args)
+        else:
+            model = _chunked.local_model(
+                self.curvature, self.loss_fn, params, args, self.batch_size
+            )
+        value = model.value.astype(_tree.dtype(params))
+        return dataclasses.replace(model, value=value)
 
 
 def make_objective(
@@ -66,6 +73,6 @@ def make_objective(
     batch_size: int | None = None,
 ) -> Objective:
     """Wraps a loss so that it can be an argument of compiled functions."""
-    wrapped = loss_fn if isinstance(loss_fn, QuadraticModel) else Partial(loss_fn)
+    wrapped = loss_fn if isinstance(loss_fn, QuadraticModel) else as_pytree(loss_fn)
     builder = Hessian() if curvature is None else curvature
     return Objective(wrapped, builder, batch_size)

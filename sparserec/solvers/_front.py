@@ -12,11 +12,17 @@ from sparserec._run import Solver, run
 from sparserec._solution import Solution
 from sparserec._types import LossFn, Params, Prunable, Scalar, Status
 from sparserec.budget import Budget, make_budget
-from sparserec.quadratic import CurvatureFn, Objective, QuadraticModel, make_objective
+from sparserec.quadratic import (
+    CurvatureFn,
+    MatrixFree,
+    Objective,
+    QuadraticModel,
+    make_objective,
+)
 
 
 def solve(
-    make_solver: Callable[[Objective], Solver],
+    make_solver: Callable[[Objective, bool], Solver],
     loss_fn: LossFn | QuadraticModel,
     params: Params,
     k: int | jax.Array | Mapping[str, int | jax.Array],
@@ -33,7 +39,8 @@ def solve(
     """The common path from the user's call to a `Solution`.
 
     Checks the input, raises half precision to float32, runs the solver that
-    `make_solver(objective)` returns, and casts the answer back. `needs` names the
+    `make_solver(objective, known_by_products)` returns, and casts the answer back;
+    `known_by_products` says that the curvature is matrix-free. `needs` names the
     operations beyond the basic ones that the curvature must offer.
     """
     budget = make_budget(k, params, prunable)
@@ -43,9 +50,9 @@ def solve(
         max_steps = min(max_steps, len(jax.tree.leaves(batches)[0]))
     objective = make_objective(loss_fn, curvature, batch_size)
     working = _tree.to_working_precision(params)
-    check_loss(objective, working, first, needs)
+    curvature_type = check_loss(objective, working, first, needs)
     solution = run(
-        make_solver(objective),
+        make_solver(objective, issubclass(curvature_type, MatrixFree)),
         working,
         budget,
         args,
@@ -116,8 +123,12 @@ def check_same_leading_size(args: tuple) -> None:
 
 def check_loss(
     objective: Objective, params: Params, args: tuple, needs: tuple[str, ...]
-) -> None:
-    """Traces the loss once with shapes only, and explains what is wrong with it."""
+) -> type:
+    """Traces the loss with shapes only, and explains what is wrong with it.
+
+    Returns:
+      The type of the curvature of its local models.
+    """
     if objective.is_quadratic:
         if args:
             raise ValueError(
@@ -129,10 +140,9 @@ def check_loss(
                 "`params` must have the structure and shapes of the model's center, "
                 f"{_tree.layout(center)}; got {_tree.layout(params)}."
             )
-        _check_operations(objective.loss_fn.curvature, needs)
-        return
+        return _check_operations(objective.loss_fn.curvature, needs)
     try:
-        value = _shape_of_loss(objective.loss_fn, params, args)
+        value = _evaluate.eval_shape(objective.loss_fn, params, args)
     except (TypeError, ValueError) as error:
         leading = {jnp.shape(x)[:1] for x in jax.tree.leaves(args)}
         if len(leading) > 1:
@@ -150,21 +160,25 @@ def check_loss(
             f"{jax.tree.map(lambda x: (x.shape, str(x.dtype)), value)}. Take the mean "
             "over the examples: `return jnp.mean(losses)`."
         )
-    if needs:
-        model = jax.eval_shape(objective.curvature, objective.loss_fn, params, args)
-        _check_operations(model.curvature, needs)
+    if objective.on_host:
+        return MatrixFree
+    model = _model.eval_shape(objective, params, args)
+    return _check_operations(model.curvature, needs)
 
 
-@functools.partial(jax.jit)
+# Compiled functions remember the shapes of what they returned, so that a second
+# call with other data does not trace the loss again.
+@jax.jit
 def _evaluate(loss_fn, params, args):
     return loss_fn(params, *args)
 
 
-def _shape_of_loss(loss_fn: LossFn, params: Params, args: tuple):
-    return _evaluate.eval_shape(loss_fn, params, args)
+@jax.jit
+def _model(objective, params, args):
+    return objective.model(params, args)
 
 
-def _check_operations(curvature: object, needs: tuple[str, ...]) -> None:
+def _check_operations(curvature: object, needs: tuple[str, ...]) -> type:
     missing = [name for name in needs if not hasattr(curvature, name)]
     if missing:
         raise ValueError(
@@ -173,6 +187,7 @@ def _check_operations(curvature: object, needs: tuple[str, ...]) -> None:
             "(`sparserec.quadratic.dense(...)`, or a model with at most "
             "`Hessian(dense_limit=...)` weights), or `mask_rule='top_k'`."
         )
+    return type(curvature)
 
 
 def check_start(solution: Solution) -> None:

@@ -1,6 +1,5 @@
 """Iterative hard thresholding, with a step that fits any scaling of the problem."""
 
-import functools
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
@@ -229,8 +228,9 @@ def iht(
     automatic = isinstance(step_size, str)
     if automatic and step_size != "auto":
         raise ValueError(f"`step_size` must be 'auto' or a number, got {step_size!r}.")
+    fixed = None if automatic else step_size
     return _front.solve(
-        functools.partial(iht_solver, step_size=None if automatic else step_size),
+        lambda objective, _: iht_solver(objective, step_size=fixed),
         loss_fn,
         params,
         k,

@@ -28,13 +28,21 @@ from sparserec.quadratic import (
     hessian,
     mean_curvature,
 )
-from sparserec.solvers import _front
+from sparserec.solvers import _front, _iobs_products
+from sparserec.solvers._descent import Descent
+from sparserec.solvers._iobs_products import ProductOptions
 from sparserec.solvers._schedule import Schedule, budget_at, check_schedule
-from sparserec.solvers._supports import EXACT_LIMIT, MASK_RULES, NEEDS
+from sparserec.solvers._supports import (
+    EXACT_LIMIT,
+    MASK_RULES,
+    NEEDS,
+    best_exchange,
+)
 
-FIRST_DAMPING = 0.1
+FIRST_DAMPING = 0.01
 """Relative damping at which the adaptive rule starts."""
 
+_GROWTHS, _GROWTH_RATIO = 5, 10.0**0.5  # growths of schedule "up", and their dampings
 _GROWTH, _DECAY = 4.0, 0.5  # of adaptive damping, after a rejection / an acceptance
 _RANGE = 1e-8, 1e8  # of adaptive damping, relative
 
@@ -56,6 +64,9 @@ class _Memory(NamedTuple):
     damping: Scalar  # absolute, for the next step
     scale: Scalar  # mean curvature at the start
     gradient_norm: Scalar  # at the start; negative before the first step
+    start: Params  # where another growth begins
+    origin: Int[Array, ""]  # step at which the running growth began
+    growths: Int[Array, ""]  # begun so far
 
 
 class _Candidate(NamedTuple):
@@ -88,7 +99,14 @@ def _init(
         damping=one * jnp.nan,
         settled=jnp.bool_(False),
         failure=jnp.int32(Status.RUNNING),
-        memory=_Memory(damping.astype(one.dtype) * scale, scale, -one),
+        memory=_Memory(
+            damping=damping.astype(one.dtype) * scale,
+            scale=scale,
+            gradient_norm=-one,
+            start=params,
+            origin=jnp.int32(0),
+            growths=jnp.int32(1),
+        ),
     )
     return state, Incumbent(projection, mask, objective.value(projection, args))
 
@@ -103,7 +121,8 @@ def _step(
     index: Int[Array, ""],
 ) -> State:
     model = objective.model(state.params, args)
-    now = budget_at(options.schedule, budget, index, options.stages)
+    stage = index - state.memory.origin
+    now = budget_at(options.schedule, budget, stage, options.stages)
     damping = state.memory.damping
     if options.values == "top_k":
         chosen, solved = _bare(model, options, damping, step_size, now)
@@ -111,10 +130,11 @@ def _step(
         accepted = jnp.bool_(True)
     else:
         supports, solved = _supports(model, options, damping, step_size, now)
+        ridges = _refit_dampings(model, damping)
         candidates = [
             _refit(objective, model, support, ridge, args)
             for support in supports
-            for ridge in _refit_dampings(model, damping)
+            for ridge in ridges
         ]
         chosen = functools.reduce(_better, candidates)
         accepted = jnp.isfinite(chosen.objective)
@@ -122,7 +142,56 @@ def _step(
             plain = _masked(objective, state.params, now, args)
             accepted = chosen.objective <= plain.objective
             chosen = _select(accepted, chosen, plain)
-    return _next_state(options, state, model, budget, now, chosen, accepted, solved)
+            if options.schedule == "up":
+                # While the budget grows, the support of the Newton point is right
+                # more often than the one with the lowest loss so far.
+                own = functools.reduce(_better, candidates[: len(ridges)])
+                growing = jnp.any(now.counts < budget.counts) & jnp.isfinite(
+                    own.objective
+                )
+                chosen, accepted = _select(growing, own, chosen), accepted | growing
+    after = _next_state(options, state, model, budget, now, chosen, accepted, solved)
+    if options.schedule == "up" and options.adaptive and options.safeguard:
+        return _grow_again(state, after, model, index)
+    return after
+
+
+def _grow_again(
+    before: State, after: State, model: QuadraticModel, index: Int[Array, ""]
+) -> State:
+    """Starts over with more damping where growth has ended in a dead end.
+
+    Growth under another damping ends in another support, about as good; the best of
+    five is right far more often than any one. There is nothing to gain where the
+    whole gradient vanishes.
+    """
+    memory = before.memory
+    same = jnp.all(_tree.flatten(before.mask) == _tree.flatten(after.mask))
+    stalled = before.settled & same & (after.objective >= before.objective)
+    steep = _tree.norm(model.gradient) > 1e-6 * memory.gradient_norm
+    again = stalled & steep & (memory.growths < _GROWTHS)
+    strength = _GROWTH_RATIO ** memory.growths.astype(memory.scale.dtype)
+    fresh = _Memory(
+        damping=FIRST_DAMPING * strength * memory.scale,
+        scale=memory.scale,
+        gradient_norm=after.memory.gradient_norm,
+        start=memory.start,
+        origin=index + 1,
+        growths=memory.growths + 1,
+    )
+    return State(
+        params=_tree.where(again, memory.start, after.params),
+        mask=after.mask,
+        objective=after.objective,
+        change=after.change,
+        stationarity=after.stationarity,
+        damping=after.damping,
+        settled=after.settled & ~again,
+        failure=after.failure,
+        memory=jax.tree.map(
+            lambda x, y: jnp.where(again, x, y), fresh, after.memory
+        ),
+    )
 
 
 def _next_state(
@@ -141,6 +210,10 @@ def _next_state(
         factor = jnp.where(accepted & solved, _DECAY, _GROWTH).astype(damping.dtype)
         low, high = (jnp.asarray(bound, damping.dtype) for bound in _RANGE)
         damping = jnp.clip(damping * factor, low * memory.scale, high * memory.scale)
+        if options.schedule == "up":
+            damping = jnp.where(
+                jnp.any(now.counts < budget.counts), memory.damping, damping
+            )
         failed = jnp.bool_(False)
     else:
         failed = ~solved & jnp.isfinite(model.value)
@@ -166,7 +239,14 @@ def _next_state(
         failure=jnp.where(
             failed, int(Status.NOT_POSITIVE_DEFINITE), int(Status.RUNNING)
         ).astype(jnp.int32),
-        memory=_Memory(damping, memory.scale, gradient_norm),
+        memory=_Memory(
+            damping=damping,
+            scale=memory.scale,
+            gradient_norm=gradient_norm,
+            start=memory.start,
+            origin=memory.origin,
+            growths=memory.growths,
+        ),
     )
 
 
@@ -222,7 +302,7 @@ def _supports(
     dampings = [damping]
     direct = not isinstance(model.curvature, MatrixFree)
     if direct and options.safeguard and options.adaptive:
-        dampings.append(jnp.zeros_like(damping))
+        dampings += [jnp.zeros_like(damping)]
     supports, solved = [], jnp.bool_(False)
     for strength in dampings:
         point, success = _newton_point(model, strength, step_size)
@@ -230,6 +310,8 @@ def _supports(
         solved |= success
     if options.safeguard:
         supports.append(_support_of_magnitudes(model, budget))
+        if hasattr(model.curvature, "to_matrix"):
+            supports.append(best_exchange(model, supports[-1], budget))
     return supports, solved
 
 
@@ -308,7 +390,7 @@ def iobs_solver(
     damping: Scalar | float,
     step_size: Scalar | float | None,
 ) -> Solver:
-    """I-OBS as a `Solver`, for use with `run`.
+    """I-OBS on stored curvatures as a `Solver`, for use with `run`.
 
     Args:
       objective: what to minimise, from `sparserec.quadratic.make_objective`.
@@ -323,6 +405,23 @@ def iobs_solver(
     return Solver(
         init=Partial(_init, objective, jnp.asarray(damping)),
         step=Partial(_step, objective, options, fixed),
+    )
+
+
+def iobs_product_solver(objective: Objective, *, options: ProductOptions) -> Solver:
+    """I-OBS on curvatures known by products as a `Solver`, for use with `run`.
+
+    Args:
+      objective: what to minimise, from `sparserec.quadratic.make_objective`; its
+        models must have a `sparserec.quadratic.MatrixFree` curvature.
+      options: static choices.
+
+    Returns:
+      The pair of init and step.
+    """
+    return Solver(
+        init=Partial(_iobs_products.init, objective, options),
+        step=Partial(_iobs_products.step, objective, options),
     )
 
 
@@ -341,6 +440,9 @@ def iobs(
     stages: int = 16,
     batches: Callable[[int], tuple] | tuple | None = None,
     safeguard: bool = True,
+    held_out: float | None = None,
+    refinements: int = 6,
+    descent: Descent | None = None,
     prunable: Prunable = matrices,
     batch_size: int | None = None,
     tol: Scalar | float = 1e-6,
@@ -389,6 +491,13 @@ def iobs(
         such a tuple, called on the host.
       safeguard: competing supports and acceptance by loss. `False` gives the bare
         iteration that the theorems speak of. Static.
+      held_out: share of the examples that judge candidates and build nothing, for
+        curvatures known by products; by default 0.1 with `batches`, and none with
+        `args`, so that the loss of all of them is minimised. Static.
+      refinements: re-linearised refits on the support at every step, for curvatures
+        known by products; static.
+      descent: `sparserec.Descent(optimizer)` tunes the kept weights by mini-batches
+        between the choice of the support and the refinements; static.
       prunable: which leaves may be pruned; see `sparserec.matrices`. Other leaves
         are refitted along with the support.
       batch_size: visit the data in chunks of this many examples, with loops on the
@@ -415,15 +524,30 @@ def iobs(
     _check_choices(params, mask_rule, values, damping, step_size)
     check_schedule(schedule)
     _front.check_positive_int("stages", stages)
+    if held_out is None:
+        held_out = 0.0 if batches is None else 0.1
+    if not 0 <= held_out < 1:
+        raise ValueError(f"`held_out` must lie in [0, 1), got {held_out!r}.")
     adaptive = isinstance(damping, str)
-    options = Options(mask_rule, values, adaptive, schedule, stages, safeguard)
-    return _front.solve(
-        functools.partial(
-            iobs_solver,
-            options=options,
+    bare = not (adaptive and safeguard and values == "obs" and mask_rule == "top_k")
+
+    def make_solver(objective: Objective, known_by_products: bool) -> Solver:
+        if known_by_products and not bare:
+            return iobs_product_solver(
+                objective,
+                options=ProductOptions(
+                    schedule, stages, held_out, refinements, descent
+                ),
+            )
+        return iobs_solver(
+            objective,
+            options=Options(mask_rule, values, adaptive, schedule, stages, safeguard),
             damping=FIRST_DAMPING if adaptive else damping,
             step_size=None if isinstance(step_size, str) else step_size,
-        ),
+        )
+
+    return _front.solve(
+        make_solver,
         loss_fn,
         params,
         k,
