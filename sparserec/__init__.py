@@ -4,28 +4,47 @@ A loss and its data become a local quadratic model; a budget says how many weigh
 may stay; a solver chooses the support and the values; the answer is a `Solution`.
 """
 
-from sparserec import quadratic
+import importlib.metadata
+
+from sparserec import plot, problems, quadratic, select, theory, training
+from sparserec._report import report
 from sparserec._run import Solver, State, run
 from sparserec._solution import History, Solution, SolveError, check
 from sparserec._types import Status
 from sparserec.budget import keep, matrices
+from sparserec.select import apply_mask
+from sparserec.solvers._descent import Descent
 from sparserec.solvers.iht import iht, iht_solver
-from sparserec.solvers.iobs import iobs, iobs_solver
+from sparserec.solvers.iobs import iobs, iobs_product_solver, iobs_solver
+from sparserec.solvers.one_shot import obd, obs
+
+__version__ = importlib.metadata.version("sparserec")
 
 __all__ = [
+    "Descent",
     "History",
     "Solution",
     "SolveError",
     "Solver",
     "State",
     "Status",
+    "apply_mask",
     "check",
     "iht",
     "iht_solver",
     "iobs",
+    "iobs_product_solver",
     "iobs_solver",
     "keep",
     "matrices",
+    "obd",
+    "obs",
+    "plot",
+    "problems",
     "quadratic",
+    "report",
     "run",
+    "select",
+    "theory",
+    "training",
 ]

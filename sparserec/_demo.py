@@ -13,7 +13,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ class _Data(NamedTuple):
 class _Network(NamedTuple):
     name: str
     params: Params
-    predict: Callable[[Params, Array], Array]
+    predict: Callable[[Params, Array], Any]
     batch_size: int | None  # set where loops must run on the host: convolutions
 
 
@@ -100,12 +100,11 @@ def _convolutional(key: Key[Array, ""], data: _Data) -> _Network:
     )
     images = data.train[0]
     params = net.init(key, images[:1])["params"]
-    return _Network(
-        "CNN (linen)",
-        params,
-        lambda params, x: net.apply({"params": params}, x),
-        batch_size=len(images),
-    )
+
+    def predict(params: Params, x: Array) -> Any:
+        return net.apply({"params": params}, x)
+
+    return _Network("CNN (linen)", params, predict, batch_size=len(images))
 
 
 def _fully_connected(key: Key[Array, ""]) -> _Network:
@@ -162,7 +161,7 @@ def _make_trainer(
 
 def _make_pruners(
     network: _Network, data: _Data, settings: _Settings
-) -> dict[str, Callable[[Params, int], tuple[Params, Mask]]]:
+) -> dict[str, Callable[[Params, Any], tuple[Params, Mask]]]:
     """`prune(params, k)` for every method; all see the same training data."""
     curvature = gauss_newton(
         network.predict, softmax_cross_entropy, cg_steps=settings.cg_steps
@@ -173,18 +172,18 @@ def _make_pruners(
         "batch_size": network.batch_size,
     }
 
-    def by_magnitude(params: Params, k: int) -> tuple[Params, Mask]:
+    def by_magnitude(params: Params, k: Any) -> tuple[Params, Mask]:
         budget = make_budget(k, params)
         mask = select.support(params, budget.counts, budget.groups)
         return select.apply_mask(params, mask), mask
 
-    def by_iht(params: Params, k: int) -> tuple[Params, Mask]:
+    def by_iht(params: Params, k: Any) -> tuple[Params, Mask]:
         solution = iht(
             curvature.loss, params, k, max_steps=settings.iht_steps, **common
         )
         return solution.params, solution.mask
 
-    def by_iobs(params: Params, k: int) -> tuple[Params, Mask]:
+    def by_iobs(params: Params, k: Any) -> tuple[Params, Mask]:
         solution = iobs(
             curvature.loss,
             params,

@@ -206,7 +206,9 @@ def conjugate_gradients(
         noise = state.stiffest * jnp.finfo(norm_squared.dtype).eps ** 1.5
         positive = curvature > noise * norm_squared
         stiffness = curvature / jnp.where(norm_squared > 0, norm_squared, 1)
-        length = jnp.where(positive, state.energy / jnp.where(positive, curvature, 1), 0)
+        length = jnp.where(
+            positive, state.energy / jnp.where(positive, curvature, 1), 0
+        )
         value = _tree.add_scaled(state.value, length, state.direction)
         residual = _tree.add_scaled(state.residual, -length, product)
         preconditioned = _tree.keep(mask, apply_inverse(residual))
@@ -357,6 +359,8 @@ def _basis_coefficients(basis: Params, a: Params) -> Float[Array, "steps"]:
 
 def _combine(coefficients: Float[Array, "steps"], basis: Params) -> Params:
     return jax.tree.map(
-        lambda v: jnp.tensordot(coefficients.astype(v.dtype), v, 1, precision=PRECISION),
+        lambda v: jnp.tensordot(
+            coefficients.astype(v.dtype), v, 1, precision=PRECISION
+        ),
         basis,
     )

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from sparserec import _tree
 from sparserec._solution import Solution
@@ -76,7 +77,7 @@ class Report(NamedTuple):
             header += ["loss change", "share"]
         lines = [_cells(row) for row in self.rows]
         for label, rows in self._sums():
-            kept, total = (sum(row[i] for row in rows) for i in (2, 3))
+            kept, total = sum(r.kept for r in rows), sum(r.total for r in rows)
             line = [label, "", *_counts(kept, total)]
             if measured:
                 line += _measured(_sum(rows, "loss_change"), _sum(rows, "share"))
@@ -198,7 +199,7 @@ def _counted(solution: Solution) -> list[tuple[str, np.ndarray, int]]:
 def _check(params: Params, solution: Solution) -> None:
     """Raises unless the solution belongs to the params and can be looked at."""
     leaves = jax.tree.leaves(solution.mask)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if any(isinstance(leaf, Tracer) for leaf in leaves):
         raise TypeError(
             "`sparserec.report` counts the mask and so must be called outside "
             "`jax.jit` and `jax.vmap`."

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from sparserec import _tree
 from sparserec._linsolve import while_loop
@@ -145,9 +145,7 @@ def _advance(
         & jnp.any(returned & (history.objective <= state.objective))
     )
     converged = (
-        state.settled
-        & (state.change <= tol)
-        & (state.stationarity <= jnp.sqrt(tol))
+        state.settled & (state.change <= tol) & (state.stationarity <= jnp.sqrt(tol))
     )
     done = index + 1 >= max_steps
     verdicts = [
@@ -254,9 +252,15 @@ def run(
     """
     tol = jnp.asarray(tol, _tree.dtype(params))
     if not on_host and not callable(batches):
-        data, stacked = (args, False) if batches is None else (batches, True)
+        everything, stacked = (args, False) if batches is None else (batches, True)
         return _run_compiled(
-            solver, params, budget, data, tol, max_steps=max_steps, stacked=stacked
+            solver,
+            params,
+            budget,
+            everything,
+            tol,
+            max_steps=max_steps,
+            stacked=stacked,
         )
 
     def data(index: int) -> tuple:

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from sparserec._types import Mask, Params, Scalar, Status
@@ -100,7 +101,7 @@ def check(solution: Solution, *, allow_max_steps: bool = False) -> Solution:
       SolveError: naming the status, the lane, and what to do about it.
       TypeError: inside `jax.jit`, where a status cannot be looked at.
     """
-    if isinstance(solution.status, jax.core.Tracer):
+    if isinstance(solution.status, Tracer):
         raise TypeError(
             "`sparserec.check` reads the status and so must be called outside "
             "`jax.jit` and `jax.vmap`; inside, branch on `solution.status`."

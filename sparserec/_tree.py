@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,12 @@ def sub(a: Params, b: Params) -> Params:
     return jax.tree.map(operator.sub, a, b)
 
 
-def scale(factor: Scalar, a: Params) -> Params:
+def scale(factor: Scalar | float, a: Params) -> Params:
     """Leafwise `factor * a` in the dtype of `a`."""
     return jax.tree.map(lambda x: jnp.asarray(factor, x.dtype) * x, a)
 
 
-def add_scaled(a: Params, factor: Scalar, b: Params) -> Params:
+def add_scaled(a: Params, factor: Scalar | float, b: Params) -> Params:
     """Leafwise `a + factor * b` in the dtype of `a`."""
     return jax.tree.map(lambda x, y: x + jnp.asarray(factor, x.dtype) * y, a, b)
 
@@ -100,7 +100,7 @@ class Layout(NamedTuple):
       shapes: shape of every leaf, in tree order.
     """
 
-    structure: jax.tree_util.PyTreeDef
+    structure: Any  # a PyTreeDef
     shapes: tuple[tuple[int, ...], ...]
 
     @property

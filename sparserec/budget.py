@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from sparserec import _tree
@@ -164,7 +165,9 @@ def make_budget(
 def _check_count(k: Any, size: int, label: str, what: str) -> Array:
     """An int32 scalar, or an exception that says what to write instead."""
     dtype = getattr(k, "dtype", None)
-    is_bool = isinstance(k, bool) or (dtype is not None and dtype == bool)
+    is_bool = isinstance(k, bool) or (
+        dtype is not None and jnp.issubdtype(dtype, jnp.bool_)
+    )
     if is_bool:
         raise TypeError(
             f"`{label}` is the number of weights to keep and must be an integer, "
@@ -185,7 +188,7 @@ def _check_count(k: Any, size: int, label: str, what: str) -> Array:
             f"`{label}` must be one integer, got shape {np.shape(k)}. For several "
             "budgets use `jax.vmap(lambda k: solver(..., k))(ks)`."
         )
-    if not isinstance(k, jax.core.Tracer) and not 0 <= int(k) <= size:
+    if not isinstance(k, Tracer) and not 0 <= int(k) <= size:
         raise ValueError(f"`{label}` must lie in [0, {size}] ({what}), got {int(k)}.")
     # A traced count cannot be refused; outside the range it means nothing or all.
     limit = min(size, jnp.iinfo(jnp.int32).max)

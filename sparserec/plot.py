@@ -306,21 +306,21 @@ def _whole_numbers(axis: Axis) -> None:
 
 def _name_lines(ax: Axes, lines: Mapping[str, Line2D]) -> None:
     """Writes every name beside the end of its line, none over another."""
+    ax.autoscale_view()  # settles the limits, which the transforms below read
     ends = {}
     for name, line in lines.items():
         points = np.asarray(line.get_xydata(), float)
         points = points[np.isfinite(points).all(axis=1)]
         if name and len(points):
-            # Reading the limits first makes matplotlib settle them.
-            ax.get_xlim(), ax.get_ylim()
             # Of a line across the whole axes x counts in axes, not in data.
             ends[name] = line.get_transform().transform(points[-1])
     gap = _LINE_OF_TEXT * ax.figure.get_dpi() / 72
     heights = _spread([end[1] for end in ends.values()], gap)
     for (name, end), height in zip(ends.items(), heights, strict=True):
+        x, y = ax.transData.inverted().transform((end[0], height))
         ax.annotate(
             name,
-            ax.transData.inverted().transform((end[0], height)),
+            (x, y),
             (7, 0),
             textcoords="offset points",
             color=lines[name].get_color(),

@@ -1,6 +1,6 @@
 """Training after pruning: an optax transformation under which zeros stay zero."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,10 +65,10 @@ def keep_mask(mask: Mask) -> optax.GradientTransformationExtraArgs:
 
     def update(
         updates: optax.Updates,
-        state: KeepMaskState,
-        params: Params | None = None,
-        **extra_args: object,
-    ) -> tuple[optax.Updates, KeepMaskState]:
+        state: Any,  # a KeepMaskState, which optax's own type does not allow for
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
         del extra_args
         if params is None:
             raise ValueError(

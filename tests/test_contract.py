@@ -60,7 +60,7 @@ class Data(NamedTuple):
         return np.sum((self.inputs @ weights - self.targets) ** 2) / (2 * EXAMPLES)
 
 
-def data(seed=0, condition=1.5) -> Data:
+def data(seed=0, condition=1.05) -> Data:
     """Well-conditioned least squares whose weights are well apart."""
     rng = np.random.default_rng(seed)
     dim = PRUNABLE + FREE
@@ -117,21 +117,25 @@ class Case(NamedTuple):
     refits: bool = True  # the values on the support are optimal
     sweep: tuple = ()  # a traced option, and five values of it
     falls: bool = True  # no step ends at a loss that is not finite
+    one_shot: bool = False  # one step, which may end above plain masking
 
 
 iht, iobs = sparserec.iht, sparserec.iobs
+TOLERANCES = ("tol", (1e-6, 1e-5, 1e-4, 1e-3, 1e-2))
 DAMPINGS = (0.0, 0.01, 0.03, 0.1, 0.3)
 CASES = {
-    "iht": Case(iht, {}, sweep=("tol", (1e-6, 1e-5, 1e-4, 1e-3, 1e-2))),
+    "iht": Case(iht, {}, sweep=TOLERANCES),
     "iht, fixed step": Case(
         iht,
         {"step_size": 0.6},
         sweep=("step_size", (0.2, 0.3, 0.4, 0.5, 0.6)),
         falls=False,
     ),
-    "iobs": Case(iobs, {}, sweep=("tol", (1e-6, 1e-5, 1e-4, 1e-3, 1e-2))),
-    "iobs up": Case(iobs, {"schedule": "up", "stages": 4}),
-    "iobs down": Case(iobs, {"schedule": "down", "stages": 4}, dense_start=True),
+    "iobs": Case(iobs, {}, sweep=TOLERANCES),
+    "iobs up": Case(iobs, {"schedule": "up", "stages": 4}, sweep=TOLERANCES),
+    "iobs down": Case(
+        iobs, {"schedule": "down", "stages": 4}, dense_start=True, sweep=TOLERANCES
+    ),
     "iobs, top-k values": Case(
         iobs,
         {"values": "top_k", "damping": 0.1},
@@ -140,9 +144,31 @@ CASES = {
         falls=False,
     ),
     "iobs, fixed damping": Case(iobs, {"damping": 0.1}, sweep=("damping", DAMPINGS)),
-    "iobs by products": Case(iobs, {"curvature": gauss_newton}),
+    "iobs by products": Case(iobs, {"curvature": gauss_newton}, sweep=TOLERANCES),
+    "obd": Case(sparserec.obd, {}, dense_start=True, refits=False, one_shot=True),
+    "obs": Case(
+        sparserec.obs,
+        {},
+        dense_start=True,
+        sweep=("damping", (0.0, 1e-3, 1e-2, 0.1, 1.0)),
+        one_shot=True,
+    ),
 }
 every = pytest.mark.parametrize("name", CASES)
+
+
+def mainly(*names):
+    """All solvers, of which only these in a quick run: the others compile as long."""
+    return pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param(name, marks=() if name in names else pytest.mark.slow)
+            for name in CASES
+        ],
+    )
+
+
+batched = mainly("iht, fixed step", "iobs", "iobs, top-k values", "obd")
 
 
 def test_every_solver_is_in_the_table():
@@ -164,7 +190,8 @@ def start(name, problem: Data):
 
 def solve(name, k, problem: Data, weights=None, dtype=np.float64, **options):
     """One solve in the given precision, of the params and the data alike."""
-    weights = start(name, problem) if weights is None else weights
+    clean = problem._replace(targets=np.nan_to_num(problem.targets))
+    weights = start(name, clean) if weights is None else weights
     case = CASES[name]
     wide = np.float64 if dtype == np.float64 else np.float32
     return case.solve(
@@ -226,8 +253,9 @@ def test_objective_is_the_loss_and_not_above_that_of_masking(name):
         np.testing.assert_allclose(
             solution.objective, problem.value(flat(solution.params)), rtol=1e-9
         )
-        masked = problem.value(projection(start(name, problem), k))
-        assert solution.objective <= masked * (1 + 1e-12)
+        if not CASES[name].one_shot:
+            masked = problem.value(projection(start(name, problem), k))
+            assert solution.objective <= masked * (1 + 1e-12)
 
 
 @every
@@ -248,6 +276,7 @@ def test_ties_go_to_the_lowest_index(name):
     inputs = np.eye(EXAMPLES, PRUNABLE + FREE) * EXAMPLES**0.5
     problem = Data(inputs, np.full(EXAMPLES, np.inf), np.ones(EXAMPLES))
     solution = solve(name, 3, problem)
+    assert solution.status == Status.CONVERGED
     np.testing.assert_array_equal(
         flat(solution.mask), np.arange(PRUNABLE + FREE) < FREE + 3
     )
@@ -280,7 +309,7 @@ def test_nan_in_the_data_is_refused(name):
         solve(name, 3, with_nan(data()))
 
 
-@every
+@batched
 def test_nan_in_the_data_is_a_status_inside_a_program(name):
     # The compiled batch cannot raise; every lane comes back with where it started.
     batch = jax.vmap(lambda k: solve(name, k, with_nan(data()), dtype=np.float32))(
@@ -290,7 +319,7 @@ def test_nan_in_the_data_is_a_status_inside_a_program(name):
         assert_obeys(lane(batch, k), k, np.float32)
     np.testing.assert_array_equal(batch.status, Status.NONFINITE)
     np.testing.assert_array_equal(batch.iterations, 0)
-    with pytest.raises(sparserec.SolveError, match="NONFINITE .lane 0 of 9"):
+    with pytest.raises(sparserec.SolveError, match=r"NONFINITE \(lane 0 of 9\)"):
         sparserec.check(batch)
 
 
@@ -306,7 +335,9 @@ def test_loss_that_turns_nan_on_the_way(name):
     solution = solve(name, 4, problem._replace(cliff=cliff), weights)
     assert_obeys(solution, 4)
     assert np.isfinite(solution.objective)
-    assert solution.objective <= problem.value(projection(weights, 4)) * (1 + 1e-12)
+    if not CASES[name].one_shot:
+        masked = problem.value(projection(weights, 4))
+        assert solution.objective <= masked * (1 + 1e-12)
     if not CASES[name].falls:
         assert solution.status == Status.NONFINITE
 
@@ -314,7 +345,7 @@ def test_loss_that_turns_nan_on_the_way(name):
 # --- the same everywhere -------------------------------------------------------------
 
 
-@every
+@batched
 def test_batch_over_budgets_equals_the_loop_and_single_precision_double(name):
     batch = batched_path(name, np.float32)
     for k, expected in zip(KS, path(name), strict=True):
@@ -329,7 +360,7 @@ def test_batch_over_budgets_equals_the_loop_and_single_precision_double(name):
         )
 
 
-@every
+@batched
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_solved_in_single(name, dtype):
     batch, single = batched_path(name, dtype), batched_path(name, np.float32)
@@ -346,7 +377,7 @@ def test_half_precision_is_solved_in_single(name, dtype):
     assert batch.objective.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("name", ["iht", "iobs", "iobs down"])
+@mainly("iht")
 def test_inside_an_outer_program(name):
     def outer(k, args, weights):
         return CASES[name].solve(
@@ -367,13 +398,13 @@ def test_inside_an_outer_program(name):
 
 @every
 def test_one_compilation_for_budgets_data_and_options(name):
-    option, values = CASES[name].sweep or ("tol", (1e-6, 1e-5, 1e-4, 1e-3, 1e-2))
     solve(name, 3, data())
     traces, programs = len(TRACES), _run_compiled._cache_size()
     for k in (0, 2, 4, 6, np.int32(8)):
         solve(name, k, data())
     for seed in range(3):
         solve(name, 3, data(seed))
+    option, values = CASES[name].sweep or ("k", ())
     for value in values:
         solve(name, 3, data(), **{option: value})
     assert _run_compiled._cache_size() == programs
@@ -387,31 +418,39 @@ def square_loss(params, target):
     return jnp.sum(jnp.square(params - target)) / 2
 
 
-@pytest.mark.parametrize("name", ["iht", "iobs", "iobs, top-k values"])
+ITERATIVE = [name for name, case in CASES.items() if not case.one_shot]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "iht" else pytest.mark.slow)
+        for name in ITERATIVE
+        if name != "iobs by products"  # its curvature is that of another model
+    ],
+)
 def test_one_weight_and_one_step(name):
     case = CASES[name]
-    for k, expected in [(0, [0.0]), (1, [3.0])]:
+    options = {**case.options, "max_steps": 1}
+    if "stages" in options:
+        options["stages"] = 1
+    for k in (0, 1):
         solution = case.solve(
-            square_loss,
-            jnp.array([2.0]),
-            k,
-            args=(jnp.array([3.0]),),
-            max_steps=1,
-            **case.options,
+            square_loss, jnp.array([2.0]), k, args=(jnp.array([3.0]),), **options
         )
         np.testing.assert_array_equal(solution.mask, [bool(k)])
-        assert solution.objective <= (4.5 if k == 0 else 0.5)
+        assert solution.objective <= (0.5 if k else 4.5)
         assert solution.iterations == 1
         assert solution.history.objective.shape == (1,)
-        if k == 0:
-            np.testing.assert_array_equal(solution.params, expected)
-        else:
+        if k:
             # The first step from elsewhere cannot have met the tolerance.
             assert solution.status == Status.MAX_STEPS
-            np.testing.assert_allclose(solution.params, expected, atol=0.2)
+            np.testing.assert_allclose(solution.params, [3.0], atol=0.5)
+        else:
+            np.testing.assert_array_equal(solution.params, [0.0])
 
 
-@pytest.mark.parametrize("name", ["iht", "iobs", "iobs down"])
+@mainly("iobs down")
 def test_budgets_of_leaves_are_respected(name):
     problem = data()
     for kernel, bias in [(5, 1), (3, 0), (0, 1), (8, 0)]:
@@ -420,10 +459,11 @@ def test_budgets_of_leaves_are_respected(name):
         kept = {leaf: int(jnp.sum(mask)) for leaf, mask in solution.mask.items()}
         assert kept == k
         assert not np.any(flat(solution.params)[~flat(solution.mask)])
-        weights = oracles.minimize_on(
-            problem.hessian, problem.linear, flat(solution.mask)
-        )
-        np.testing.assert_allclose(flat(solution.params), weights, atol=1e-4)
+        if CASES[name].refits:
+            weights = oracles.minimize_on(
+                problem.hessian, problem.linear, flat(solution.mask)
+            )
+            np.testing.assert_allclose(flat(solution.params), weights, atol=1e-4)
 
 
 def test_layout_helper_agrees_with_the_package():

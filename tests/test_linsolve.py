@@ -344,3 +344,80 @@ def test_restriction_replaces_the_rest_by_the_identity():
 )
 def test_which_answers_may_be_used(status, usable):
     assert _linsolve.usable(jnp.int32(status)) == usable
+
+
+# --- one Krylov space, many dampings -------------------------------------------------
+
+DAMPINGS = np.array([1e-3, 0.1, 10.0])
+
+
+def shifted_of_arrays(matrix, rhs, dampings, *, steps, on_host=False):
+    return _linsolve.shifted_solves(
+        product_with(matrix), LAYOUT.split(rhs), dampings, steps=steps, on_host=on_host
+    )
+
+
+compiled_shifted = jax.jit(shifted_of_arrays, static_argnames=("steps", "on_host"))
+
+
+def shifted(matrix, rhs, steps, dampings=DAMPINGS):
+    """One row for every damping."""
+    solutions = compiled_shifted(matrix, rhs, dampings, steps=steps)
+    return jax.vmap(_tree.flatten)(solutions)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_full_krylov_space_solves_for_every_damping(seed):
+    matrix, rhs = positive(seed), vector(seed)
+    expected = [np.linalg.solve(matrix + d * np.eye(DIM), rhs) for d in DAMPINGS]
+    np.testing.assert_allclose(shifted(matrix, rhs, DIM), expected, rtol=1e-9)
+
+
+def test_small_krylov_space_minimizes_in_it():
+    matrix, rhs = positive(2, 1e3), vector(2)
+    powers = np.stack([np.linalg.matrix_power(matrix, i) @ rhs for i in range(4)], 1)
+    basis, _ = np.linalg.qr(powers)
+    small = basis.T @ matrix @ basis
+    expected = [
+        basis @ np.linalg.solve(small + d * np.eye(4), basis.T @ rhs) for d in DAMPINGS
+    ]
+    np.testing.assert_allclose(shifted(matrix, rhs, 4), expected, rtol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["identity", "few rows", "zero"])
+def test_krylov_space_that_ends_early(kind):
+    rng = np.random.default_rng(3)
+    rows = rng.normal(size=(2, DIM))
+    matrix = {
+        "identity": np.eye(DIM),
+        "few rows": rows.T @ rows,
+        "zero": 0 * rows.T @ rows,
+    }
+    rhs = vector(3)
+    expected = [np.linalg.solve(matrix[kind] + d * np.eye(DIM), rhs) for d in DAMPINGS]
+    np.testing.assert_allclose(
+        shifted(matrix[kind], rhs, DIM), expected, rtol=1e-7, atol=1e-9
+    )
+
+
+def test_negative_curvature_counts_as_none():
+    curvatures = np.array([-2.0, -1.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+    rhs = vector(4)
+    expected = rhs / (np.maximum(curvatures, 0) + DAMPINGS[:, None])
+    np.testing.assert_allclose(
+        shifted(np.diag(curvatures), rhs, DIM), expected, rtol=1e-8, atol=1e-10
+    )
+
+
+def test_no_right_hand_side_no_step():
+    assert not np.any(shifted(positive(5), np.zeros(DIM), DIM))
+
+
+def test_krylov_space_on_the_host_is_the_same():
+    matrix, rhs = positive(6), vector(6)
+    on_host = shifted_of_arrays(
+        matrix, jnp.asarray(rhs), DAMPINGS, steps=4, on_host=True
+    )
+    np.testing.assert_allclose(
+        jax.vmap(_tree.flatten)(on_host), shifted(matrix, rhs, 4), rtol=1e-9, atol=1e-12
+    )

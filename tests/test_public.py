@@ -31,9 +31,9 @@ FLOORS = (
     {"_top_k", "select", "budget", "quadratic"},
     {"_solution", "_run"},
     {"saliency", "solvers"},
-    {"report", "training"},
+    {"_report", "training"},
     {"plot", "problems", "theory"},
-    {"__init__", "__main__", "demo"},
+    {"__init__", "__main__", "_demo"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -201,7 +201,7 @@ def test_no_module_sets_a_jax_option(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=label)
 def test_no_library_module_prints(path):
-    if path.stem in {"__main__", "demo"}:
+    if path.stem in {"__main__", "_demo"}:
         pytest.skip("the demonstration may print")
     called = {
         ast.unparse(node.func)

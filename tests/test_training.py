@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -32,7 +33,7 @@ def make_params(seed=0):
             "kernel": jnp.asarray(rng.normal(size=(6, 5))),
             "bias": jnp.asarray(rng.normal(size=5)),
         },
-        "scale": jnp.asarray(rng.normal()),
+        "scale": jnp.asarray(rng.normal(), float),
     }
 
 
@@ -129,7 +130,7 @@ def test_the_update_cancels_the_weight_in_every_dtype(weight, change, dtypes):
     updates, _ = transform.update(
         jnp.asarray([change]).astype(dtypes[1]), transform.init(params), params
     )
-    after = optax.apply_updates(params, updates)
+    after: Any = optax.apply_updates(params, updates)
     assert after.dtype == params.dtype
     assert float(after[0]) == 0
 
@@ -138,9 +139,9 @@ def test_an_infinite_update_off_the_mask_does_no_harm():
     mask = {"w": jnp.array([True, False])}
     params = {"w": jnp.array([1.0, 0.0])}
     transform = keep_mask(mask)
-    updates, _ = transform.update(
+    updates: Any = transform.update(
         {"w": jnp.array([0.5, jnp.nan])}, transform.init(params), params
-    )
+    )[0]
     np.testing.assert_array_equal(updates["w"], [0.5, 0.0])
 
 
@@ -180,17 +181,22 @@ def test_under_vmap_every_lane_has_its_own_mask():
     params = jnp.arange(1.0, 7.0).reshape(2, 3)
     masks = jnp.array([[True, False, True], [False, False, True]])
     transform = keep_mask(masks[0])
-    update = jax.vmap(lambda m, p: transform.update(p * 0 + 1, KeepMaskState(m), p)[0])
-    after = params + update(masks, params)
+
+    def step(mask, params):
+        ones = jnp.ones_like(params)
+        updates, _ = transform.update(ones, KeepMaskState(mask), params)
+        return optax.apply_updates(params, updates)
+
+    after: Any = jax.vmap(step)(masks, params)
     np.testing.assert_array_equal(after, np.where(masks, params + 1, 0))
 
 
 def test_arguments_for_other_transformations_pass():
     transform = optax.chain(optax.sgd(0.1), keep_mask(jnp.array([True, False])))
     params = jnp.ones(2)
-    updates, _ = transform.update(
+    updates: Any = transform.update(
         params, transform.init(params), params, value=jnp.float32(3)
-    )
+    )[0]
     np.testing.assert_allclose(updates, [-0.1, -1.0])
 
 

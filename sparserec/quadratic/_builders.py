@@ -1,4 +1,8 @@
-"""Quadratic models from arrays: least squares, and one builder per curvature."""
+"""Quadratic models from arrays: least squares, and one builder per curvature.
+
+Half precision is raised to float32: there is no factorisation of it, and its range
+is too small for squares.
+"""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -20,6 +24,7 @@ def _model(
     curvature: Curvature, center: Params, gradient: Params | None, value: Scalar | float
 ) -> QuadraticModel:
     """A model around `center`; a missing gradient is zero."""
+    center, gradient = _tree.to_working_precision((center, gradient))
     slope = _tree.zeros_like(center) if gradient is None else gradient
     return QuadraticModel(
         center, jnp.asarray(value, _tree.dtype(center)), slope, curvature
@@ -59,6 +64,7 @@ def dense(
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"`matrix` must be square, got shape {matrix.shape}.")
     _check_width(matrix.shape[1], center, "matrix")
+    matrix = _tree.to_working_precision(matrix)
     return _model(Dense(matrix, _tree.layout(center)), center, gradient, value)
 
 
@@ -87,6 +93,7 @@ def diagonal(
             "`entries` must have the structure and shapes of `center`; got "
             f"{_tree.layout(entries)} and {_tree.layout(center)}."
         )
+    entries = _tree.to_working_precision(entries)
     return _model(Diagonal(entries), center, gradient, value)
 
 
@@ -120,7 +127,8 @@ def block_diagonal(
             f"`blocks` of shape {blocks.shape} do not just cover the {size} entries "
             f"of `center`: use ceil({size} / {blocks.shape[1]}) blocks."
         )
-    return _model(BlockDiagonal(blocks, _tree.layout(center)), center, gradient, value)
+    curvature = BlockDiagonal(_tree.to_working_precision(blocks), _tree.layout(center))
+    return _model(curvature, center, gradient, value)
 
 
 def low_rank(
@@ -150,10 +158,13 @@ def low_rank(
     if rows.ndim != 2:
         raise ValueError(f"`rows` must be a matrix (m, n), got shape {rows.shape}.")
     _check_width(rows.shape[1], center, "rows")
+    rows = _tree.to_working_precision(rows)
     # A Gram matrix pays as soon as it is not wider than the rows are many, and is
     # what makes supports wider than the rows exact.
     gram = matmul(rows.T, rows) if rows.shape[1] <= GRAM_LIMIT else None
-    curvature = LowRank(rows, jnp.asarray(ridge, rows.dtype), gram, _tree.layout(center))
+    curvature = LowRank(
+        rows, jnp.asarray(ridge, rows.dtype), gram, _tree.layout(center)
+    )
     return _model(curvature, center, gradient, value)
 
 
@@ -185,7 +196,7 @@ def least_squares(
     for name, x in (("design", design), ("response", response)):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"`{name}` has dtype {x.dtype}; convert it to float.")
-    wide = _tree.dtype((design, response))
+    wide = _tree.dtype(_tree.to_working_precision((design, response)))
     design, response = design.astype(wide), response.astype(wide)
     half = jnp.asarray(0.5, wide)
     return low_rank(

@@ -15,7 +15,7 @@ from jax.tree_util import Partial
 
 from sparserec import _tree
 from sparserec._types import LossFn, Params, Scalar
-from sparserec.quadratic._matrix_free import CurvatureFn, Hessian, MatrixFree
+from sparserec.quadratic._matrix_free import CurvatureFn, Hessian, MatrixFree, hessian
 from sparserec.quadratic._model import QuadraticModel
 
 
@@ -26,8 +26,8 @@ def leading_size(args: tuple) -> int:
       ValueError: there is none, or the sizes differ; lists the shapes.
     """
     shapes = [jnp.shape(x) for x in jax.tree.leaves(args)]
-    sizes = {shape[0] if shape else None for shape in shapes}
-    if len(sizes) != 1 or None in sizes:
+    sizes = {shape[0] for shape in shapes if shape}
+    if len(sizes) != 1 or () in shapes:
         raise ValueError(
             "the arrays in `args` must share their leading axis, the examples; got "
             f"shapes {shapes}. Close over what is not data, e.g. with "
@@ -106,6 +106,8 @@ def local_model(
     batch_size: int,
 ) -> QuadraticModel:
     """The model that `curvature` builds, summed over chunks of the data."""
+    if curvature is hessian:
+        curvature = Hessian()
     if isinstance(curvature, Hessian):
         # A stored matrix would be rebuilt for every product of every chunk.
         curvature = dataclasses.replace(curvature, dense_limit=0)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 from sparserec import _linsolve, _tree
 from sparserec._linsolve import LinearSolve, matmul
 from sparserec._types import Mask, Params, Scalar
-from sparserec.quadratic._model import Curvature
+from sparserec.quadratic._model import StoredCurvature
 
 GRAM_LIMIT = 2048
 """Widest Gram matrix that `LowRank` keeps: 32 MB in float64, 3 Gflop a Cholesky."""
@@ -40,8 +40,8 @@ def _solve_in_matrix(
     return LinearSolve(_shaped_like(value, rhs), status)
 
 
-def _effective_dimension(curvature: Curvature, damping: Scalar) -> Scalar:
-    r"""$\mathrm{tr}\,(H+\lambda I)^{-1}H = n - \lambda\,\mathrm{tr}\,(H+\lambda I)^{-1}$."""
+def _effective_dimension(curvature: StoredCurvature, damping: Scalar) -> Scalar:
+    r"""$\mathrm{tr}\,(H+\lambda I)^{-1}H$, as n less $\lambda$ times the inverse's."""
     inverse = _tree.flatten(curvature.inverse_diagonal(damping))
     shift = jnp.asarray(damping, inverse.dtype)
     # Without damping the trace is n by definition, even where H is singular.
@@ -264,7 +264,7 @@ class LowRank:
             _tree.flatten(rhs).astype(live.dtype),
             support,
             damping=shift,
-            tol=jnp.finfo(live.dtype).eps ** 0.75,
+            tol=float(jnp.finfo(live.dtype).eps) ** 0.75,
             max_steps=20,
             precondition=precondition,
         )

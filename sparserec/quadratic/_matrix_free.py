@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -81,9 +81,7 @@ class MatrixFree:
         if self.probe is not None:
             return self.probe(number)
         signs = _signs(self.center, number)
-        return jax.tree.map(
-            lambda s, h: jnp.abs(s * h), signs, self.matvec(signs)
-        )
+        return jax.tree.map(lambda s, h: jnp.abs(s * h), signs, self.matvec(signs))
 
     def mean_diagonal(self) -> Scalar:
         """Estimate of the mean absolute diagonal from one product."""
@@ -188,17 +186,26 @@ def _dense_from_products(product: Callable[[Params], Params], like: Params) -> D
     return Dense(half * (matrix + matrix.T), layout)
 
 
-hessian = Hessian()
-"""The default curvature: the exact Hessian; see `Hessian` to change its settings."""
+def hessian(loss_fn: LossFn, params: Params, args: tuple) -> QuadraticModel:
+    """The default curvature: the exact Hessian, with the settings of `Hessian()`.
+
+    Args:
+      loss_fn: `loss_fn(params, *args) -> scalar`.
+      params: point around which the loss is modelled, a pytree of floating arrays.
+      args: data handed to the loss.
+
+    Returns:
+      The local model; its curvature is a stored matrix up to 512 weights, and known
+      by products beyond.
+    """
+    return Hessian()(loss_fn, params, args)
 
 
 def _gauss_newton_product(predict_fn, output_loss_fn, params, args):
     *inputs, targets = args
     outputs, push = jax.linearize(lambda p: predict_fn(p, *inputs), params)
     pull = jax.linear_transpose(push, params)
-    bend = jax.linearize(
-        lambda o: jax.grad(output_loss_fn)(o, targets), outputs
-    )[1]
+    bend = jax.linearize(lambda o: jax.grad(output_loss_fn)(o, targets), outputs)[1]
     return lambda v: pull(bend(push(v)))[0]
 
 
@@ -237,8 +244,8 @@ class GaussNewton:
       cg_tol: relative residual at which a solve stops early.
     """
 
-    predict_fn: Hashable
-    output_loss_fn: Hashable
+    predict_fn: Callable
+    output_loss_fn: Callable
     cg_steps: int = 10
     cg_tol: float = 1e-4
 

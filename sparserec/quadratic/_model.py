@@ -16,11 +16,8 @@ from sparserec._types import Mask, Params, Scalar
 class Curvature(Protocol):
     r"""A symmetric matrix $H$ over the entries of a pytree.
 
-    Beyond the three operations below a curvature may offer
-    `inverse_diagonal(damping)`, the diagonal of $(H+\lambda I)^{-1}$;
-    `effective_dimension(damping)`, the trace of $(H+\lambda I)^{-1}H$; and
-    `to_matrix()`, $H$ as one array. Solvers that need one of these say so by
-    name when it is missing.
+    Stored curvatures offer more, see `StoredCurvature`; solvers that need one of
+    those operations say so by name when it is missing.
     """
 
     def matvec(self, v: Params) -> Params:
@@ -36,12 +33,38 @@ class Curvature(Protocol):
         ...
 
 
+class StoredCurvature(Curvature, Protocol):
+    """A curvature whose entries are known, with what follows from them."""
+
+    def inverse_diagonal(self, damping: Scalar) -> Params:
+        r"""Diagonal of $(H+\lambda I)^{-1}$, shaped like the params."""
+        ...
+
+    def effective_dimension(self, damping: Scalar) -> Scalar:
+        r"""Trace of $(H+\lambda I)^{-1}H$, at most $n$."""
+        ...
+
+
+class MatrixCurvature(StoredCurvature, Protocol):
+    """A curvature that can be written down as one matrix."""
+
+    def to_matrix(self) -> Float[Array, "n n"]:
+        """$H$ as one array over the entries in tree order, shape `(n, n)`."""
+        ...
+
+
 def mean_curvature(curvature: Curvature) -> Scalar:
     """Mean of the absolute diagonal: the scale to which relative damping refers.
 
     Exact where the curvature has a cheap diagonal. Matrix-free curvatures give an
     estimate from one product with a fixed vector of signs, whose expectation over
     random signs is the mean of the diagonal.
+
+    Args:
+      curvature: any curvature.
+
+    Returns:
+      A scalar in units of curvature.
     """
     estimate = getattr(curvature, "mean_diagonal", None)
     if estimate is not None:

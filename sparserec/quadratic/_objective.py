@@ -72,7 +72,17 @@ def make_objective(
     curvature: CurvatureFn | None = None,
     batch_size: int | None = None,
 ) -> Objective:
-    """Wraps a loss so that it can be an argument of compiled functions."""
+    """Wraps a loss so that it can be an argument of compiled functions.
+
+    Args:
+      loss_fn: `loss_fn(params, *args) -> scalar`, or a `QuadraticModel`.
+      curvature: builds the local model; the exact Hessian if `None`.
+      batch_size: examples visited at a time, with loops on the host; `None` for all
+        at once in one compiled program.
+
+    Returns:
+      The objective that solvers such as `sparserec.iht_solver` take.
+    """
     wrapped = loss_fn if isinstance(loss_fn, QuadraticModel) else as_pytree(loss_fn)
     builder = Hessian() if curvature is None else curvature
     return Objective(wrapped, builder, batch_size)

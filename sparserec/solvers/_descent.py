@@ -106,9 +106,7 @@ def descend(
         _Walk(params, _tree.zeros_like(params), state.optimizer, jnp.int32(0)),
         on_host=objective.on_host,
     )
-    candidates = jax.tree.map(
-        lambda *xs: jnp.stack(xs), walk.params, walk.tail, params
-    )
+    candidates = jax.tree.map(lambda *xs: jnp.stack(xs), walk.params, walk.tail, params)
     best = jnp.argmin(solver.losses(candidates))
     chosen = jax.tree.map(lambda x: x[best], candidates)
     return chosen, DescentState(walk.optimizer)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from sparserec import _tree
 from sparserec._run import Solver, run
 from sparserec._solution import Solution
 from sparserec._types import LossFn, Params, Prunable, Scalar, Status
-from sparserec.budget import Budget, make_budget
+from sparserec.budget import make_budget
 from sparserec.quadratic import (
     CurvatureFn,
     MatrixFree,
@@ -44,8 +45,11 @@ def solve(
     operations beyond the basic ones that the curvature must offer.
     """
     budget = make_budget(k, params, prunable)
+    if callable(batches):
+        # The first batch is looked at before it is used; it is drawn only once.
+        batches = functools.lru_cache(maxsize=1)(batches)
     check_positive_int("max_steps", max_steps)
-    first = check_data(args, batches, batch_size, max_steps)
+    first = check_data(args, batches, batch_size)
     if batches is not None and not callable(batches):
         max_steps = min(max_steps, len(jax.tree.leaves(batches)[0]))
     objective = make_objective(loss_fn, curvature, batch_size)
@@ -75,7 +79,6 @@ def check_data(
     args: tuple,
     batches: Callable[[int], tuple] | tuple | None,
     batch_size: int | None,
-    max_steps: int,
 ) -> tuple:
     """Explains data of the wrong form; returns the data of the first step."""
     if not isinstance(args, tuple):
@@ -192,7 +195,7 @@ def _check_operations(curvature: object, needs: tuple[str, ...]) -> type:
 
 def check_start(solution: Solution) -> None:
     """Raises where the loss was not finite to begin with; traced solutions pass."""
-    if isinstance(solution.status, jax.core.Tracer) or solution.status.ndim:
+    if isinstance(solution.status, Tracer) or solution.status.ndim:
         return
     if solution.status == Status.NONFINITE and solution.iterations == 0:
         raise ValueError(

@@ -8,11 +8,10 @@ costs forward passes only.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sparserec import _linsolve, _tree, select
@@ -23,6 +22,7 @@ from sparserec.budget import Budget
 from sparserec.quadratic import MatrixFree, Objective, QuadraticModel
 from sparserec.solvers import _descent
 from sparserec.solvers._descent import Descent
+from sparserec.solvers._examples import Examples, divide
 from sparserec.solvers._schedule import Schedule, budget_at
 
 FIRST_DAMPING = 15.0
@@ -34,7 +34,6 @@ _LENGTHS = 1.0, 0.5  # of refinement steps: half steps average the batches
 _NO_STEP = 4.0  # factor on the damping where no step was best
 _INERTIA = 0.5  # exponent with which the damping follows the best factor
 _MOMENTUM = 0.9  # a refinement starts from this share of the last one
-_CURVATURE_SHARE, _CURVATURE_EXAMPLES = 8, 500  # products see 1/8, at least 500
 _PROBES, _PROBE_MEMORY = 2, 0.8  # of the running diagonal
 _METRIC_FLOOR = 0.1  # of the diagonal, relative to its mean
 
@@ -78,51 +77,9 @@ class Memory(NamedTuple):
     descent: _descent.DescentState
 
 
-class _Data(NamedTuple):
-    """One batch of examples, divided by what they are for."""
-
-    judge: tuple
-    build: tuple
-    size: int  # examples in `build`; zero where the data has no axis of examples
-
-    def part(self, number: int | Int[Array, ""], size: int) -> tuple:
-        """Every so manyth example of `build`, about `size` of them; cyclic.
-
-        Parts are interleaved, so that data sorted by class gives fair parts too.
-        """
-        if not 0 < size < self.size:
-            return self.build
-        count = self.size // size
-
-        def pick(x: Array) -> Array:
-            folded = x[: count * size].reshape(size, count, *x.shape[1:])
-            return jax.lax.dynamic_index_in_dim(
-                folded, number % count, axis=1, keepdims=False
-            )
-
-        return jax.tree.map(pick, self.build)
-
-    def curvature_part(self, number: int | Int[Array, ""]) -> tuple:
-        """The part that curvature products see."""
-        return self.part(number, max(self.size // _CURVATURE_SHARE, _CURVATURE_EXAMPLES))
-
-
-def _divide(args: tuple, held_out: float) -> _Data:
-    """Evenly spaced examples judge, the rest build; without examples all do both."""
-    leading = {jnp.shape(x)[:1] for x in jax.tree.leaves(args)}
-    if len(leading) != 1 or () in leading:
-        return _Data(args, args, 0)
-    (total,) = leading.pop()
-    judges = np.zeros(total, bool)
-    spacing = max(1, round(1 / held_out)) if held_out > 0 else total + 1
-    judges[spacing - 1 :: spacing] = True
-    if not judges.any() or judges.all():
-        return _Data(args, args, total)
-    return _Data(
-        judge=jax.tree.map(lambda x: x[judges.nonzero()[0]], args),
-        build=jax.tree.map(lambda x: x[(~judges).nonzero()[0]], args),
-        size=int(total - judges.sum()),
-    )
+def _curvature(objective: Objective, params: Params, args: tuple) -> MatrixFree:
+    """The curvature of the local model; what else is in it is never computed."""
+    return cast(MatrixFree, objective.model(params, args).curvature)
 
 
 def init(
@@ -134,7 +91,8 @@ def init(
 ) -> tuple[State, Incumbent]:
     """The dense start, and its projection as the point to fall back to."""
     model = objective.model(params, args)
-    diagonal = _tree.flatten(model.curvature.estimate_diagonal(jnp.int32(0)))
+    curvature = _curvature(objective, params, args)
+    diagonal = _tree.flatten(curvature.estimate_diagonal(jnp.int32(0)))
     scale = jnp.mean(diagonal)
     scale = jnp.where(jnp.isfinite(scale) & (scale > 0), scale, 1)
     mask = select.support(params, budget.counts, budget.groups)
@@ -166,7 +124,7 @@ class _Solver(NamedTuple):
     """Solves in the metric of the running diagonal, and judges."""
 
     objective: Objective
-    data: _Data
+    data: Examples
     metric: Params  # square roots s of the inverse metric: solve for v / s
 
     def directions(
@@ -238,10 +196,10 @@ def _retuned(
 
 
 def _update_diagonal(
-    objective: Objective, state: State, data: _Data, index: Int[Array, ""]
+    objective: Objective, state: State, data: Examples, index: Int[Array, ""]
 ) -> Params:
     """Running estimate of the diagonal of the curvature, from a few probes."""
-    curvature = objective.model(state.params, data.curvature_part(0)).curvature
+    curvature = _curvature(objective, state.params, data.curvature_part(0))
     estimates = [
         curvature.estimate_diagonal(index * _PROBES + jnp.int32(number))
         for number in range(_PROBES)
@@ -268,9 +226,7 @@ def _floored(diagonal: Params) -> Params:
 def _metric(floored: Params) -> Params:
     """Fourth roots of the inverse diagonal, of mean square one."""
     raw = jax.tree.map(lambda d: d**-0.25, floored)
-    size = _tree.norm(raw) / jnp.sqrt(
-        jnp.asarray(_tree.size(raw), _tree.dtype(raw))
-    )
+    size = _tree.norm(raw) / jnp.sqrt(jnp.asarray(_tree.size(raw), _tree.dtype(raw)))
     return _tree.scale(1 / size, raw)
 
 
@@ -284,7 +240,7 @@ def step(
 ) -> State:
     """One outer step: metric, support, descent, refinements."""
     now = budget_at(options.schedule, budget, index, options.stages)
-    data = _divide(args, options.held_out)
+    data = divide(args, options.held_out)
     diagonal = _update_diagonal(objective, state, data, index)
     floored = _floored(diagonal)
     solver = _Solver(objective, data, _metric(floored))
@@ -330,7 +286,7 @@ def _choose_support(
     """Supports of the Newton point and of the magnitudes, refitted; plain masking."""
     memory = state.memory
     params = state.params
-    curvature = solver.objective.model(params, solver.data.curvature_part(0)).curvature
+    curvature = _curvature(solver.objective, params, solver.data.curvature_part(0))
     newton = _pick(
         _stepped(
             params,
@@ -389,7 +345,7 @@ def _refine(
         number = now.number + 1
         gradient = solver.objective.model(now.params, solver.data.build).gradient
         part = solver.data.curvature_part(number)
-        curvature = solver.objective.model(now.params, part).curvature
+        curvature = _curvature(solver.objective, now.params, part)
         carried = _tree.scale(_MOMENTUM, _tree.keep(mask, now.displacement))
         slope = _tree.add(gradient, curvature.matvec(carried))
         grid = now.damping * jnp.asarray(_DAMPING_GRID, now.damping.dtype)

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +14,19 @@ from sparserec import _linsolve, _tree, select
 from sparserec._linsolve import matmul
 from sparserec._types import Mask, Params, Scalar
 from sparserec.budget import Budget
-from sparserec.quadratic import Curvature, QuadraticModel
+from sparserec.quadratic import QuadraticModel
+from sparserec.quadratic._model import MatrixCurvature, StoredCurvature
 
 EXACT_LIMIT = 16
 """Most weights for the exhaustive rule: 65,536 supports."""
 
 _CHUNK = 2048  # supports factorised at a time by the exhaustive rule
 
-MaskRule = Callable[[Params, Curvature, Scalar, Budget], Mask]
+MaskRule = Callable[[Params, Any, Scalar, Budget], Mask]
 
 
 def by_magnitude(
-    point: Params, curvature: Curvature, damping: Scalar, budget: Budget
+    point: Params, curvature: object, damping: Scalar, budget: Budget
 ) -> Mask:
     r"""The k largest $|u_i|$ (Topk-I-OBS)."""
     del curvature, damping
@@ -33,7 +34,7 @@ def by_magnitude(
 
 
 def by_saliency(
-    point: Params, curvature: Curvature, damping: Scalar, budget: Budget
+    point: Params, curvature: StoredCurvature, damping: Scalar, budget: Budget
 ) -> Mask:
     r"""The k largest $u_i^2 / [(H+\lambda I)^{-1}]_{ii}$ (OBS saliency)."""
     scores = jax.tree.map(
@@ -105,19 +106,17 @@ def eliminate(
 
 
 def by_elimination(
-    point: Params, curvature: Curvature, damping: Scalar, budget: Budget
+    point: Params, curvature: MatrixCurvature, damping: Scalar, budget: Budget
 ) -> Mask:
     """The support that backward elimination (OBC) leaves; dense curvatures."""
     layout = _tree.layout(point)
     matrix = _damped(curvature, damping)
     inverse, _ = _linsolve.inverse_positive(matrix)
-    return layout.split(
-        eliminate(_tree.flatten(point), inverse, budget, layout).alive
-    )
+    return layout.split(eliminate(_tree.flatten(point), inverse, budget, layout).alive)
 
 
 def by_enumeration(
-    point: Params, curvature: Curvature, damping: Scalar, budget: Budget
+    point: Params, curvature: MatrixCurvature, damping: Scalar, budget: Budget
 ) -> Mask:
     r"""The best of all supports: $\arg\max_Q b_Q^\top H_{QQ}^{-1} b_Q$, $b = Hu$.
 
@@ -170,7 +169,7 @@ def best_exchange(model: QuadraticModel, mask: Mask, budget: Budget) -> Mask:
       the model.
     """
     layout = _tree.layout(mask)
-    matrix = model.curvature.to_matrix()
+    matrix = cast(MatrixCurvature, model.curvature).to_matrix()
     support = _tree.flatten(mask)
     weights = jnp.where(support, _tree.flatten(model.center), 0)
     gradient = _tree.flatten(model.gradient)
@@ -185,7 +184,9 @@ def best_exchange(model: QuadraticModel, mask: Mask, budget: Budget) -> Mask:
     remaining = jnp.diagonal(matrix) - jnp.sum(coupling * matrix, axis=1)
     bend = remaining[:, None] + jnp.square(coupling) / pivots[None, :]
     tiny = jnp.finfo(matrix.dtype).eps * jnp.diagonal(matrix)[:, None]
-    gain = jnp.where(bend > tiny, jnp.square(slope) / jnp.where(bend > tiny, bend, 1), 0)
+    gain = jnp.where(
+        bend > tiny, jnp.square(slope) / jnp.where(bend > tiny, bend, 1), 0
+    )
     same_group = (group_of[:, None] == group_of[None, :]) & (group_of >= 0)[:, None]
     allowed = same_group & ~support[:, None] & support[None, :]
     change = jnp.where(allowed, loss[None, :] - gain, jnp.inf)
@@ -201,7 +202,7 @@ def _group_of_entries(budget: Budget, layout: _tree.Layout) -> Int[Array, "n"]:
     return jnp.asarray(np.repeat(budget.groups, sizes), jnp.int32)
 
 
-def _damped(curvature: Curvature, damping: Scalar) -> Float[Array, "n n"]:
+def _damped(curvature: MatrixCurvature, damping: Scalar) -> Float[Array, "n n"]:
     matrix = curvature.to_matrix()
     everything = jnp.ones(matrix.shape[0], bool)
     return _linsolve.restrict(matrix, everything, damping)

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Int
@@ -168,9 +167,7 @@ def iht_solver(
       The pair of init and step.
     """
     fixed = None if step_size is None else jnp.asarray(step_size)
-    return Solver(
-        init=Partial(_init, objective), step=Partial(_step, objective, fixed)
-    )
+    return Solver(init=Partial(_init, objective), step=Partial(_step, objective, fixed))
 
 
 def iht(

@@ -1,0 +1,250 @@
+"""How accurate is a pruned MLPNet, and how long does the pruning take?
+
+The network (784-40-20-10, 32,360 weights, dense accuracy 93.97 %) and MNIST come from
+the folder that SPARSEREC_DATA names. Every stage sees fresh training examples, or,
+with `--fixed`, all stages see the same ones.
+
+    python -m benchmarks.mlpnet --method iobs --density 0.02 --examples 8000 \
+        --stages 32 --seeds 3 --seed0 0 --json result.json
+
+Prints test accuracy per seed, CPU seconds (one thread, compile aside) and the target
+last; exits 1 where the target is missed. `--grid` runs every cell of examples x stages
+x CG steps at one density and holds each against 90 %.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import pathlib
+import sys
+import time
+from typing import NamedTuple
+
+for _name, _value in (
+    ("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"),
+    ("OPENBLAS_NUM_THREADS", "1"),
+    ("OMP_NUM_THREADS", "1"),
+):
+    os.environ.setdefault(_name, _value)
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+
+import sparserec  # noqa: E402
+
+LAYERS = ("fc1.weight", "fc2.weight", "fc3.weight")
+TRAINING_EXAMPLES = 60_000
+MINIBATCH, PASSES = 64, 2
+RATE, STEADY = 4e-3, 0.7  # of Adam, and the share of the steps before it falls
+
+
+class Target(NamedTuple):
+    """Least mean accuracy (percent) and most CPU seconds of a run."""
+
+    accuracy: float
+    seconds: float
+
+
+# (density, fresh examples in all or fixed examples, fixed) -> target
+TARGETS = {
+    (0.05, 256_000, False): Target(96.3, 9.0),
+    (0.02, 256_000, False): Target(93.0, 9.0),
+    (0.02, 64_000, False): Target(91.0, 3.0),
+    (0.05, 1_000, True): Target(88.0, np.inf),
+    (0.02, 1_000, True): Target(82.0, np.inf),
+    (0.05, 5_000, True): Target(92.0, np.inf),
+    (0.02, 5_000, True): Target(88.0, np.inf),
+}
+GRID_EXAMPLES = (2_000, 4_000, 8_000, 16_000)
+GRID_STAGES = (16, 32, 64)
+GRID_CG_STEPS = (3, 5, 10, 20)
+GRID_FLOOR = Target(90.0, np.inf)
+
+
+class Data(NamedTuple):
+    params: dict[str, jax.Array]
+    train: tuple[np.ndarray, np.ndarray]
+    test: tuple[jax.Array, jax.Array]
+
+
+def load() -> Data:
+    folder = os.environ.get("SPARSEREC_DATA")
+    if not folder:
+        sys.exit("This benchmark needs data: set SPARSEREC_DATA to its folder.")
+    weights = np.load(pathlib.Path(folder) / "mlpnet_mnist.npz")
+    digits = np.load(pathlib.Path(folder) / "mnist.npz")
+
+    def pixels(images: np.ndarray) -> np.ndarray:
+        scaled = (images.astype(np.float32) / 255 - 0.1307) / 0.3081
+        return scaled.reshape(len(images), -1)
+
+    return Data(
+        params={name: jnp.asarray(weights[name]) for name in LAYERS},
+        train=(pixels(digits["x_train"]), digits["y_train"].astype(np.int32)),
+        test=(
+            jnp.asarray(pixels(digits["x_test"])),
+            jnp.asarray(digits["y_test"].astype(np.int32)),
+        ),
+    )
+
+
+def predict(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    for name in LAYERS[:-1]:
+        x = jax.nn.relu(x @ params[name].T)
+    return x @ params[LAYERS[-1]].T
+
+
+@jax.jit
+def accuracy(params, x, labels):
+    return 100 * jnp.mean(jnp.argmax(predict(params, x), axis=1) == labels)
+
+
+@functools.cache
+def curvature(cg_steps: int) -> sparserec.quadratic.GaussNewton:
+    # One object for all runs: a new one would compile everything again.
+    return sparserec.quadratic.gauss_newton(
+        predict, sparserec.quadratic.softmax_cross_entropy, cg_steps=cg_steps
+    )
+
+
+@functools.cache
+def descent(examples: int, stages: int) -> sparserec.Descent:
+    """Adam between the stages, its rate falling to zero over the last of them."""
+    built = examples - examples // 10
+    steps = PASSES * (built // MINIBATCH) * stages
+    rate = optax.join_schedules(
+        [
+            optax.constant_schedule(RATE),
+            optax.linear_schedule(RATE, 0.0, steps - int(STEADY * steps)),
+        ],
+        [int(STEADY * steps)],
+    )
+    return sparserec.Descent(optax.adam(rate), MINIBATCH, PASSES)
+
+
+def prune(data: Data, case: argparse.Namespace, seed: int) -> sparserec.Solution:
+    k = sparserec.keep(data.params, density=case.density)
+    rng = np.random.default_rng(seed)
+    x, y = data.train
+
+    def draw(stage: int = 0) -> tuple[jax.Array, jax.Array]:
+        del stage
+        chosen = rng.choice(TRAINING_EXAMPLES, case.examples, replace=False)
+        return jnp.asarray(x[chosen]), jnp.asarray(y[chosen])
+
+    fresh = {"args": draw(), "held_out": 0.1} if case.fixed else {"batches": draw}
+    model = curvature(case.cg_steps)
+    return sparserec.iobs(
+        model.loss,
+        data.params,
+        k,
+        curvature=model,
+        schedule="down",
+        # The last stages refine at the final budget.
+        stages=max(1, int(0.85 * case.stages)),
+        max_steps=case.stages,
+        refinements=1 if case.descent else 6,
+        descent=descent(case.examples, case.stages) if case.descent else None,
+        **fresh,
+    )
+
+
+def magnitude(data: Data, case: argparse.Namespace):
+    k = sparserec.keep(data.params, density=case.density)
+    return sparserec.apply_mask(data.params, sparserec.select.top_k(data.params, k))
+
+
+def measure(data: Data, case: argparse.Namespace) -> dict:
+    """Accuracy and CPU seconds of every seed, after one run that compiles."""
+    seeds = range(case.seed0, case.seed0 + case.seeds)
+    results = {"density": case.density, "examples": case.examples}
+    results |= {"stages": case.stages, "cg_steps": case.cg_steps, "fixed": case.fixed}
+    if case.method == "magnitude":
+        value = float(accuracy(magnitude(data, case), *data.test))
+        return results | {"accuracies": [value], "seconds": [0.0]}
+    jax.block_until_ready(prune(data, case, seeds[0] + 10_000))
+    accuracies, seconds = [], []
+    for seed in seeds:
+        start = time.process_time()
+        solution = jax.block_until_ready(prune(data, case, seed))
+        seconds.append(time.process_time() - start)
+        kept = sum(int(jnp.count_nonzero(w)) for w in solution.params.values())
+        assert kept <= sparserec.keep(data.params, density=case.density)
+        accuracies.append(float(accuracy(solution.params, *data.test)))
+        print(
+            f"seed {seed}: accuracy {accuracies[-1]:.2f} %, {kept} weights, "
+            f"{seconds[-1]:.1f} CPU s",
+            flush=True,
+        )
+    return results | {"accuracies": accuracies, "seconds": seconds}
+
+
+def verdict(result: dict, target: Target | None) -> bool:
+    """Prints the mean beside the target; whether it is met."""
+    mean = float(np.mean(result["accuracies"]))
+    worst = min(result["accuracies"])
+    slowest = float(np.median(result["seconds"]))
+    print(
+        f"density {100 * result['density']:g} %, {result['examples']} examples x "
+        f"{result['stages']} stages, {result['cg_steps']} CG steps: "
+        f"mean {mean:.2f} %, lowest {worst:.2f} %, {slowest:.1f} CPU s"
+    )
+    if target is None:
+        return True
+    met = mean >= target.accuracy and slowest <= target.seconds
+    met = met and worst >= target.accuracy - 1
+    limit = f" in {target.seconds:g} CPU s" if np.isfinite(target.seconds) else ""
+    print(f"target: {target.accuracy:g} %{limit}: {'met' if met else 'MISSED'}")
+    return met
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--method", choices=("iobs", "magnitude"), default="iobs")
+    parser.add_argument("--density", type=float, default=0.02)
+    parser.add_argument("--examples", type=int, default=8_000, help="in each stage")
+    parser.add_argument("--stages", type=int, default=32)
+    parser.add_argument("--cg-steps", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seed0", type=int, default=0)
+    parser.add_argument("--fixed", action="store_true", help="one set of examples")
+    parser.add_argument(
+        "--no-descent", dest="descent", action="store_false", help="refinements only"
+    )
+    parser.add_argument("--grid", action="store_true", help="look for a collapse")
+    parser.add_argument("--json", type=pathlib.Path)
+    return parser.parse_args()
+
+
+def main() -> int:
+    case, data = arguments(), load()
+    print(f"device: {jax.devices()[0].device_kind}, jax {jax.__version__}")
+    cells = [case]
+    if case.grid:
+        cells = [
+            argparse.Namespace(
+                **vars(case) | {"examples": n, "stages": s, "cg_steps": c}
+            )
+            for n, s, c in itertools.product(
+                (2_000, 4_000, 8_000, 16_000), (16, 32, 64), (3, 5, 10, 20)
+            )
+        ]
+    met, results = [], []
+    for cell in cells:
+        results.append(measure(data, cell))
+        budget = cell.examples * (1 if cell.fixed else cell.stages)
+        target = TARGETS.get((cell.density, budget, cell.fixed))
+        if cell.method == "magnitude":
+            target = None
+        met.append(verdict(results[-1], GRID_FLOOR if case.grid else target))
+        if case.json:
+            case.json.write_text(json.dumps(results, indent=2) + "\n")
+    return 0 if all(met) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""Draws the pictures of these pages: python docs/make_images.py [name ...]
+
+Seeds are fixed, so a second run gives the same files. `demo.png` is not drawn here;
+it is what `python -m sparserec --out docs/images/demo.png` writes.
+"""
+
+import functools
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+import sparserec
+from sparserec import problems, quadratic
+
+FOLDER = pathlib.Path(__file__).parent / "images"
+BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
+
+
+def over_trials(solve):
+    """One compiled program that runs the trials one after another."""
+    return jax.jit(lambda *trials: jax.lax.map(lambda trial: solve(*trial), trials))
+
+
+def save(figure, name):
+    path = FOLDER / f"{name}.png"
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    print(path.name)
+
+
+def tidy(ax):
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", color="#dddddd", linewidth=0.7)
+    ax.set_axisbelow(True)
+
+
+# --- I-OBS against IHT where the condition number grows ------------------------------
+
+
+def losses(draw, solve, trials):
+    """Loss after every step; the last value is repeated where a solver stopped."""
+    problem = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(3), trials))
+    start = over_trials(lambda *args: problems.log_cosh_loss(jnp.zeros(100), *args))
+    values = np.asarray(
+        over_trials(lambda *args: solve(args).history.objective)(*problem.args)
+    )
+    values = np.concatenate([np.asarray(start(*problem.args))[:, None], values], axis=1)
+    for row in values:
+        last = np.flatnonzero(np.isfinite(row))[-1]
+        row[last + 1 :] = row[last]
+    return np.maximum(values, 1e-25)
+
+
+def convergence():
+    dim, k, steps, trials = 100, 10, 300, 20
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for ax, condition in zip(panels, (1e2, 1e4), strict=True):
+        scale = condition**0.5
+
+        def draw(key, condition=condition, scale=scale):
+            return problems.log_cosh(key, dim, k, condition, scale)
+
+        def by_iobs(args):
+            return sparserec.iobs(
+                problems.log_cosh_loss, jnp.zeros(dim), k, args=args, tol=1e-12
+            )
+
+        def by_iht(args, step_size):
+            return sparserec.iht(
+                problems.log_cosh_loss,
+                jnp.zeros(dim),
+                k,
+                args=args,
+                step_size=step_size,
+                tol=1e-12,
+                max_steps=steps,
+            )
+
+        fixed = functools.partial(by_iht, step_size=1 / (condition + scale))
+        automatic = functools.partial(by_iht, step_size="auto")
+        for name, solve, color in (
+            ("IHT, step 1/L", fixed, GREY),
+            ("IHT, automatic step", automatic, RED),
+            ("I-OBS", by_iobs, BLUE),
+        ):
+            values = losses(draw, solve, trials)
+            # Steps from one on, so that the first steps can be told apart.
+            shown = np.arange(1, values.shape[1] + 1)
+            for row in values:
+                ax.plot(shown, row, color=color, linewidth=0.5, alpha=0.35)
+            ax.plot(shown, np.median(values, axis=0), color=color, lw=2, label=name)
+            print(name, condition, "solved:", np.mean(values[:, -1] < 1e-12))
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+        ax.set_xticks([1, 2, 6, 11, 31, 101, 301], [0, 1, 5, 10, 30, 100, 300])
+        ax.set_xticks([], minor=True)
+        ax.set_xlim(1, steps + 1)
+        ax.set_xlabel("steps taken")
+        ax.set_title(f"condition number {condition:,.0f}", fontsize="medium")
+        tidy(ax)
+    panels[0].set_ylabel("loss (its minimum is 0)")
+    panels[0].set_ylim(1e-16, 1e5)
+    panels[0].legend(frameon=False, loc="lower left")
+    save(figure, "convergence")
+
+
+# --- fewer examples than weights -----------------------------------------------------
+
+
+def recovery():
+    n, p, trials = 40, 100, 40
+    counts = np.arange(2, 21, 2)
+    designs = (
+        ("independent features", problems.gaussian_design, {}),
+        (
+            "neighbors correlated by 0.9",
+            problems.correlated_design,
+            {"correlation": 0.9},
+        ),
+    )
+
+    def solved(draw, solve):
+        def trial(key, k):
+            problem = draw(key, n, p, k)
+            model = quadratic.least_squares(problem.design, problem.response)
+            error = solve(model, k).params - problem.coefficients
+            return jnp.linalg.norm(error) <= 1e-6 * jnp.linalg.norm(
+                problem.coefficients
+            )
+
+        keys = jax.random.split(jax.random.key(6), trials)
+        run = over_trials(trial)
+        rates = [np.mean(run(keys, jnp.full(trials, k))) for k in counts]
+        return 100 * np.asarray(rates)
+
+    start = jnp.zeros(p)
+    solvers = (
+        (
+            "IHT",
+            lambda model, k: sparserec.iht(model, start, k, max_steps=2000, tol=1e-9),
+            RED,
+            "s",
+        ),
+        ("I-OBS", lambda model, k: sparserec.iobs(model, start, k), BLUE, "o"),
+        (
+            'I-OBS, schedule="up"',
+            lambda model, k: sparserec.iobs(model, start, k, schedule="up"),
+            GREEN,
+            "D",
+        ),
+    )
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for ax, (title, design, options) in zip(panels, designs, strict=True):
+        for name, solve, color, marker in solvers:
+            rates = solved(functools.partial(design, **options), solve)
+            print(title, name, dict(zip(counts.tolist(), rates.tolist(), strict=True)))
+            ax.plot(counts, rates, color=color, marker=marker, ms=4, label=name)
+        ax.set_title(title, fontsize="medium")
+        ax.set_xlabel("nonzero weights k")
+        ax.set_xticks(counts)
+        ax.set_ylim(-3, 103)
+        tidy(ax)
+    panels[0].set_ylabel(f"recovered, % of {trials} problems")
+    panels[0].legend(frameon=False, loc="lower left")
+    save(figure, "recovery")
+
+
+# --- budgets as pictures -------------------------------------------------------------
+
+
+def masks():
+    scores = jax.random.normal(jax.random.key(0), (16, 32))
+    k = scores.size // 2
+    figure = Figure(figsize=(9, 1.9), layout="constrained")
+    choices = (
+        ("top_k(scores, 256)", sparserec.select.top_k(scores, k)),
+        ("n_m(scores, 2, 4)", sparserec.select.n_m(scores, 2, 4)),
+        ("blocks(scores, 256, (4, 4))", sparserec.select.blocks(scores, k, (4, 4))),
+    )
+    panels = figure.subplots(1, len(choices))
+    for ax, (name, mask) in zip(panels, choices, strict=True):
+        ax.imshow(~np.asarray(mask), cmap="gray", vmin=0, vmax=1)
+        ax.set_title(name, fontsize="small", family="monospace")
+        ax.set_xticks(np.arange(-0.5, 32, 4), [])
+        ax.set_yticks(np.arange(-0.5, 16, 4), [])
+        ax.grid(color=RED, linewidth=0.6, alpha=0.6)
+        ax.tick_params(length=0)
+    save(figure, "masks")
+
+
+PICTURES = {"convergence": convergence, "recovery": recovery, "masks": masks}
+
+
+def main(names):
+    # Single precision would hide the last steps of quadratic convergence.
+    jax.config.update("jax_enable_x64", True)
+    matplotlib.rcParams["font.size"] = 10
+    FOLDER.mkdir(exist_ok=True)
+    for name in names or PICTURES:
+        PICTURES[name]()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
