@@ -8,6 +8,9 @@ CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
 # One JAX process per core, at most four: each compiles for itself and needs memory.
 TEST_FLAGS := -n logical --maxprocesses 4
 
+# OpenBLAS threads spin while they wait; small factorisations are better off alone.
+export OPENBLAS_NUM_THREADS := 1
+
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-all lint bench clean

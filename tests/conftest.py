@@ -4,6 +4,10 @@ import os
 import pathlib
 from collections.abc import Iterator
 
+# Before NumPy and JAX load OpenBLAS: its threads spin while they wait, and small
+# factorisations on a busy machine take a thousand times longer with them.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import hypothesis
 import jax
 import pytest

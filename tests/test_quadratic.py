@@ -21,6 +21,7 @@ from jax.tree_util import Partial
 from sparserec import Status, _tree, quadratic
 from sparserec._linsolve import matmul
 from sparserec.quadratic import QuadraticModel
+from sparserec.quadratic._explicit import GRAM_LIMIT
 
 # Leaves of several shapes and of two dtypes: everything goes through the widest one.
 CENTER = {
@@ -37,8 +38,9 @@ def tree(vector):
     return _tree.cast_like(LAYOUT.split(jnp.asarray(vector)), CENTER)
 
 
-def mask_tree(mask):
-    return LAYOUT.split(jnp.asarray(mask))
+def split(vector):
+    """The tree of a vector, in its own dtype."""
+    return LAYOUT.split(jnp.asarray(vector))
 
 
 def flat(params):
@@ -92,10 +94,13 @@ def rows_matrix(seed, count):
     return rows(seed, count).T @ rows(seed, count) + 0.3 * np.eye(DIM)
 
 
+def without_gram(curvature: Any) -> Any:
+    return dataclasses.replace(curvature, gram=None)
+
+
 def of_rows(seed, count, *, stored):
     model = quadratic.low_rank(jnp.asarray(rows(seed, count)), CENTER, ridge=0.3)
-    curvature = model.curvature
-    return curvature if stored else dataclasses.replace(curvature, gram=None)
+    return model.curvature if stored else without_gram(model.curvature)
 
 
 def of_blocks(matrix):
@@ -114,13 +119,13 @@ def matrix_free(matrix, preconditioner=None):
 def of_matrix(name, matrix) -> Any:
     """The curvature of a name that holds a matrix."""
     if name == "diagonal":
-        return quadratic.diagonal(LAYOUT.split(np.diag(matrix)), CENTER).curvature
+        return quadratic.diagonal(split(np.diag(matrix)), CENTER).curvature
     if name == "block diagonal":
         return of_blocks(matrix)
     if name == "matrix free":
         return matrix_free(matrix)
     if name == "preconditioned":
-        return matrix_free(matrix, LAYOUT.split(np.abs(np.diag(matrix))))
+        return matrix_free(matrix, split(np.abs(np.diag(matrix))))
     return quadratic.dense(jnp.asarray(matrix), CENTER).curvature
 
 
@@ -179,7 +184,7 @@ def ask(curvature, v, mask, damping):
 def asked(name, seed, v=None, mask=None, damping=0.0):
     v = vector(0) if v is None else v
     mask = np.ones(DIM, bool) if mask is None else mask
-    return ask(curvature_of(name, seed), tree(v), mask_tree(mask), damping)
+    return ask(curvature_of(name, seed), tree(v), split(mask), damping)
 
 
 # --- every curvature is its matrix ---------------------------------------------------
@@ -229,7 +234,7 @@ def test_solve_on_the_support(name, seed, kept, damping):
     # What is off the support must not matter.
     given_rhs = np.where(mask, rhs, np.nan)
     curvature = curvature_of(name, seed)
-    answers = ask(curvature, tree(given_rhs), mask_tree(mask), damping)
+    answers = ask(curvature, tree(given_rhs), split(mask), damping)
     expected = oracles.minimize_on(matrix + damping * np.eye(DIM), rhs, mask)
     scale = np.abs(expected).max(initial=1.0)
     np.testing.assert_allclose(
@@ -265,10 +270,10 @@ def test_curvature_that_is_not_positive_is_reported(name, matrix):
     curvature = of_matrix(name, matrix)
     everything, without = np.ones(DIM, bool), np.arange(DIM) < DIM - 1
     rhs = tree(np.ones(DIM))
-    answers = ask(curvature, rhs, mask_tree(everything), 0.0)
+    answers = ask(curvature, rhs, split(everything), 0.0)
     assert answers.status == Status.NOT_POSITIVE_DEFINITE
     for mask, damping in [(without, 0.0), (everything, 1.0)]:
-        answers = ask(curvature, rhs, mask_tree(mask), damping)
+        answers = ask(curvature, rhs, split(mask), damping)
         shifted = matrix + damping * np.eye(DIM)
         expected = oracles.minimize_on(shifted, np.ones(DIM), mask)
         np.testing.assert_allclose(flat(answers.solution), expected, rtol=SINGLE)
@@ -280,12 +285,11 @@ def test_rows_that_miss_a_weight_are_reported(stored):
     missing = rows(4, 4)
     missing[:, 5] = 0
     curvature = quadratic.low_rank(jnp.asarray(missing), CENTER).curvature
-    if not stored:
-        curvature = dataclasses.replace(curvature, gram=None)
+    curvature = curvature if stored else without_gram(curvature)
     mask = np.isin(np.arange(DIM), [0, 5])
-    answers = ask(curvature, tree(np.ones(DIM)), mask_tree(mask), 0.0)
+    answers = ask(curvature, tree(np.ones(DIM)), split(mask), 0.0)
     assert answers.status == Status.NOT_POSITIVE_DEFINITE
-    answers = ask(curvature, tree(np.ones(DIM)), mask_tree(mask), 1e-3)
+    answers = ask(curvature, tree(np.ones(DIM)), split(mask), 1e-3)
     np.testing.assert_allclose(flat(answers.solution)[5], 1e3, rtol=1e-5)
     assert answers.status == Status.CONVERGED
 
@@ -307,7 +311,7 @@ def test_vmap_of_solves_equals_the_loop(name):
         (
             curvature_of(name, seed),
             tree(vector(seed)),
-            mask_tree(np.arange(DIM) % (seed + 2) == 0),
+            split(np.arange(DIM) % (seed + 2) == 0),
             damping,
         )
         for seed, damping in enumerate([0.0, 0.1, 1.0])
@@ -368,7 +372,7 @@ def solve_rows(live_rows, rhs, mask, damping, *, stored):
     curvature = quadratic.low_rank(
         live_rows, jnp.zeros(WIDE, live_rows.dtype)
     ).curvature
-    curvature = curvature if stored else dataclasses.replace(curvature, gram=None)
+    curvature = curvature if stored else without_gram(curvature)
     return curvature.solve_on(mask, rhs, damping)
 
 
@@ -478,10 +482,10 @@ def test_models_of_half_precision_are_raised_to_single(dtype):
         assert _tree.all_finite(model)
 
 
-@pytest.mark.parametrize("width", [quadratic._explicit.GRAM_LIMIT + d for d in (0, 1)])
+@pytest.mark.parametrize("width", [GRAM_LIMIT + d for d in (0, 1)])
 def test_wide_rows_store_no_gram_matrix(width):
     model = jax.eval_shape(quadratic.low_rank, jnp.zeros((1, width)), jnp.zeros(width))
-    assert (model.curvature.gram is None) == (width > quadratic._explicit.GRAM_LIMIT)
+    assert (model.curvature.gram is None) == (width > GRAM_LIMIT)
 
 
 ONES = jnp.ones
@@ -697,7 +701,7 @@ def test_chunks_add_up_to_the_whole(name):
         )
 
     jax.tree.map(near, answers(got.curvature), jax.jit(answers)(expected.curvature))
-    assert got.curvature.mean_diagonal() > 0
+    assert quadratic.mean_curvature(got.curvature) > 0
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -296,14 +296,19 @@ def test_loop_on_the_host_is_the_same(name):
     jax.tree.map(np.testing.assert_array_equal, solution.history, expected)
 
 
+def programs() -> int:
+    """Programs that the loop has been compiled to so far."""
+    return cast(Any, _run_compiled)._cache_size()
+
+
 def test_all_these_runs_are_one_program():
     play(script(FALLING))
-    before = _run_compiled._cache_size()
+    before = programs()
     for tol, (lines, first, *_) in zip(
         itertools.count(1), ENDINGS.values(), strict=False
     ):
         play(lines, first, tol * 1e-5)
-    assert _run_compiled._cache_size() == before
+    assert programs() == before
 
 
 def test_tolerance_counts():

@@ -22,9 +22,8 @@ def distances(params, minimizers):
 def over_trials(solve):
     """Compiles `solve` for one trial and runs it on every row of its arguments.
 
-    One after another: under `vmap` every trial takes as many steps as the slowest, and
-    jaxlib 0.10 on two cores can deadlock where a program holds many batches of
-    factorizations of this size.
+    One after another, because under `vmap` every trial takes as many steps as the
+    slowest.
     """
     return jax.jit(lambda *trials: jax.lax.map(lambda trial: solve(*trial), trials))
 
