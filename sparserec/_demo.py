@@ -38,9 +38,9 @@ class _Settings(NamedTuple):
     densities: tuple[float, ...] = (0.2, 0.1, 0.05, 0.02)
     train_steps: int = 300
     tune_steps: int = 100
-    iht_steps: int = 50
-    stages: int = 16  # of I-OBS, on the way down to the budget
-    refinements: int = 8  # of I-OBS, at the budget
+    iht_steps: int = 40
+    stages: int = 6  # of I-OBS, on the way down to the budget
+    refinements: int = 2  # of I-OBS, at the budget
     cg_steps: int = 5
 
 
@@ -191,6 +191,7 @@ def _make_pruners(
             schedule="down",
             stages=settings.stages,
             max_steps=settings.stages + settings.refinements,
+            refinements=2,
             **common,
         )
         return solution.params, solution.mask

@@ -286,65 +286,72 @@ def shifted_solves(
     Source: Lanczos (1950) with full reorthogonalisation; Frommer & Maass (1999) on
     shifted systems.
     """
-    wide = _tree.dtype(rhs)
-    length = _tree.norm(rhs)
-    tiny = jnp.finfo(wide).tiny
-    basis = jax.tree.map(
-        lambda b: (
-            jnp.zeros((steps, *b.shape), b.dtype)
-            .at[0]
-            .set(b / jnp.maximum(length, tiny).astype(b.dtype))
-        ),
-        rhs,
-    )
-
-    def body(state: _LanczosState) -> _LanczosState:
-        index = state.index
-        product = matvec(jax.tree.map(lambda v: v[index], state.basis))
-        coefficients = _basis_coefficients(state.basis, product)
-        diagonal = state.diagonal.at[index].set(coefficients[index])
-        for _ in range(2):  # once is not enough in floating point, twice is
-            overlap = _basis_coefficients(state.basis, product)
-            product = _tree.sub(product, _combine(overlap, state.basis))
-        remainder = _tree.norm(product)
-        grown = jax.tree.map(
-            lambda v, a: v.at[index + 1].set(
-                a / jnp.maximum(remainder, tiny).astype(a.dtype), mode="drop"
-            ),
-            state.basis,
-            product,
-        )
-        return _LanczosState(
-            basis=grown,
-            diagonal=diagonal,
-            side=state.side.at[index].set(remainder),
-            index=index + 1,
-        )
-
-    blank = jnp.zeros(steps, wide)
     end = while_loop(
         lambda state: state.index < steps,
-        body,
-        _LanczosState(basis, blank, blank, jnp.int32(0)),
+        lambda state: _lanczos_extend(state, matvec(state.newest)),
+        _lanczos_start(rhs, steps),
         on_host=on_host,
     )
-    side = end.side[:-1]
-    values, vectors = eigh(
-        jnp.diag(end.diagonal) + jnp.diag(side, 1) + jnp.diag(side, -1)
-    )
-    shifted = jnp.maximum(values, 0)[None, :] + dampings.astype(wide)[:, None]
-    weights = matmul(length * vectors[0][None, :] / shifted, vectors.T)
-    return jax.tree.map(
-        lambda v: jnp.tensordot(weights.astype(v.dtype), v, 1, precision=PRECISION),
-        end.basis,
-    )
+    return _lanczos_solve(end, dampings)
 
 
 class _LanczosState(NamedTuple):
     basis: Params  # orthonormal, one more leading axis
+    newest: Params  # the last of them
     diagonal: Float[Array, "steps"]  # of the projected, tridiagonal matrix
     side: Float[Array, "steps"]  # beside it; the last entry is not used
+    length: Scalar  # of the right-hand side
     index: Int[Array, ""]
+
+
+# The algebra around a product is compiled in pieces, for loops that run on the host.
+@functools.partial(jax.jit, static_argnames="steps")
+def _lanczos_start(rhs: Params, steps: int) -> _LanczosState:
+    length = _tree.norm(rhs)
+    first = _unit(rhs, length)
+    basis = jax.tree.map(
+        lambda b: jnp.zeros((steps, *b.shape), b.dtype).at[0].set(b), first
+    )
+    blank = jnp.zeros(steps, length.dtype)
+    return _LanczosState(basis, first, blank, blank, length, jnp.int32(0))
+
+
+@jax.jit
+def _lanczos_extend(state: _LanczosState, product: Params) -> _LanczosState:
+    index = state.index
+    diagonal = _tree.dot(state.newest, product)
+    for _ in range(2):  # once is not enough in floating point, twice is
+        overlap = _basis_coefficients(state.basis, product)
+        product = _tree.sub(product, _combine(overlap, state.basis))
+    remainder = _tree.norm(product)
+    newest = _unit(product, remainder)
+    return _LanczosState(
+        basis=jax.tree.map(
+            lambda v, a: v.at[index + 1].set(a, mode="drop"), state.basis, newest
+        ),
+        newest=newest,
+        diagonal=state.diagonal.at[index].set(diagonal),
+        side=state.side.at[index].set(remainder),
+        length=state.length,
+        index=index + 1,
+    )
+
+
+@jax.jit
+def _lanczos_solve(state: _LanczosState, dampings: Float[Array, "s"]) -> Params:
+    side = state.side[:-1]
+    values, vectors = eigh(
+        jnp.diag(state.diagonal) + jnp.diag(side, 1) + jnp.diag(side, -1)
+    )
+    shifted = jnp.maximum(values, 0)[None, :] + dampings.astype(values.dtype)[:, None]
+    weights = matmul(state.length * vectors[0][None, :] / shifted, vectors.T)
+    return _combine(weights, state.basis)
+
+
+def _unit(a: Params, length: Scalar) -> Params:
+    """`a` divided by its length, zeros for zeros."""
+    safe = jnp.maximum(length, jnp.finfo(length.dtype).tiny)
+    return jax.tree.map(lambda x: x / safe.astype(x.dtype), a)
 
 
 def _basis_coefficients(basis: Params, a: Params) -> Float[Array, "steps"]:
@@ -357,7 +364,7 @@ def _basis_coefficients(basis: Params, a: Params) -> Float[Array, "steps"]:
     return functools.reduce(jnp.add, jax.tree.leaves(terms))
 
 
-def _combine(coefficients: Float[Array, "steps"], basis: Params) -> Params:
+def _combine(coefficients: Float[Array, "*s steps"], basis: Params) -> Params:
     return jax.tree.map(
         lambda v: jnp.tensordot(
             coefficients.astype(v.dtype), v, 1, precision=PRECISION

@@ -72,11 +72,11 @@ def data(seed=0, condition=1.05) -> Data:
     return Data(inputs, np.full(EXAMPLES, np.inf), targets)
 
 
-def as_args(problem: Data, dtype=np.float64):
+def as_args(problem: Data, dtype: Any = np.float64):
     return tuple(jnp.asarray(x, dtype) for x in problem)
 
 
-def tree(weights, dtype=np.float64):
+def tree(weights, dtype: Any = np.float64):
     flat = jnp.asarray(weights, dtype)
     return {"bias": flat[:FREE], "kernel": flat[FREE:].reshape(SHAPES["kernel"])}
 
@@ -188,7 +188,7 @@ def start(name, problem: Data):
     return np.zeros(PRUNABLE + FREE)
 
 
-def solve(name, k, problem: Data, weights=None, dtype=np.float64, **options):
+def solve(name, k, problem: Data, weights=None, dtype: Any = np.float64, **options):
     """One solve in the given precision, of the params and the data alike."""
     clean = problem._replace(targets=np.nan_to_num(problem.targets))
     weights = start(name, clean) if weights is None else weights
@@ -220,7 +220,7 @@ def batched_path(name, dtype):
     return jax.vmap(lambda k: solve(name, k, problem, dtype=dtype))(jnp.asarray(KS))
 
 
-def assert_obeys(solution, k, dtype=np.float64):
+def assert_obeys(solution, k, dtype: Any = np.float64):
     """What holds whatever the data: exact counts, exact zeros, shapes, dtypes."""
     for leaf, mask in zip(
         jax.tree.leaves(solution.params), jax.tree.leaves(solution.mask), strict=True
