@@ -105,7 +105,8 @@ def convergence():
         tidy(ax)
     panels[0].set_ylabel("loss (its minimum is 0)")
     panels[0].set_ylim(1e-16, 1e5)
-    panels[0].legend(frameon=False, loc="lower left")
+    lines = panels[0].get_legend_handles_labels()
+    figure.legend(*lines, frameon=False, loc="outside upper center", ncols=3)
     save(figure, "convergence")
 
 

@@ -328,3 +328,12 @@ def test_curvature_that_is_not_positive_definite_without_damping(values):
     assert bool(jnp.all(jnp.isfinite(solution.params)))
     with pytest.raises(SolveError, match=r"at this `damping`.*damping='auto'"):
         sparserec.check(solution)
+
+
+def test_surgery_on_a_curvature_without_an_inverse():
+    model = quadratic.dense(jnp.diag(jnp.array([1.0, -1.0, 2.0, 3.0])), jnp.zeros(4))
+    params = jnp.array([4.0, 3.0, 2.0, 1.0])
+    solution = sparserec.obs(model, params, 2)
+    assert solution.status == Status.NOT_POSITIVE_DEFINITE
+    np.testing.assert_array_equal(solution.params, [4, 3, 0, 0])  # plain magnitudes
+    np.testing.assert_allclose(solution.objective, (16 - 9) / 2)

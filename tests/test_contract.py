@@ -272,14 +272,19 @@ def test_best_support_of_all(name, seed):
 
 
 @every
-def test_ties_go_to_the_lowest_index(name):
+@pytest.mark.parametrize("level", [1.0, 2.0, 0.3, 1e4])
+def test_ties_go_to_the_lowest_index(name, level):
     inputs = np.eye(EXAMPLES, PRUNABLE + FREE) * EXAMPLES**0.5
-    problem = Data(inputs, np.full(EXAMPLES, np.inf), np.ones(EXAMPLES))
-    solution = solve(name, 3, problem)
+    targets = np.full(EXAMPLES, level)
+    solution = solve(name, 3, Data(inputs, np.full(EXAMPLES, np.inf), targets))
+    assert_obeys(solution, 3)
+    # Equally good supports must not take turns for ever.
     assert solution.status == Status.CONVERGED
-    np.testing.assert_array_equal(
-        flat(solution.mask), np.arange(PRUNABLE + FREE) < FREE + 3
-    )
+    np.testing.assert_allclose(solution.objective, 12 * level**2 / 32, rtol=1e-6)
+    if name != "iobs up":  # it may take another of the equal supports it has tried
+        np.testing.assert_array_equal(
+            flat(solution.mask), np.arange(PRUNABLE + FREE) < FREE + 3
+        )
 
 
 @every
@@ -468,6 +473,14 @@ def test_budgets_of_leaves_are_respected(name):
                 problem.hessian, problem.linear, flat(solution.mask)
             )
             np.testing.assert_allclose(flat(solution.params), weights, atol=1e-4)
+
+
+@pytest.mark.parametrize("solve_model", [sparserec.obd, sparserec.obs])
+def test_params_narrower_than_the_model(solve_model):
+    model = quadratic.dense(jnp.diag(jnp.arange(1.0, 5.0)), jnp.ones(4))
+    solution = solve_model(model, jnp.ones(4, jnp.float32), 2)
+    assert solution.params.dtype == jnp.float32
+    np.testing.assert_array_equal(solution.params, [0, 0, 1, 1])
 
 
 def test_layout_helper_agrees_with_the_package():

@@ -1,11 +1,14 @@
 """The pages: every block of Python runs, every relative link leads somewhere."""
 
+import operator
 import pathlib
 import re
 
 import jax
 import matplotlib as mpl
 import pytest
+
+import sparserec
 
 mpl.use("Agg")
 
@@ -95,3 +98,16 @@ def test_every_page_and_picture_is_reached():
     }
     pictures = (ROOT / "docs" / "images").glob("*")
     assert {path.resolve() for path in [*PAGES[1:], *pictures]} <= linked
+
+
+def test_tests_and_functions_that_the_pages_name_exist():
+    text = "".join(prose(page) for page in PAGES)
+    code = "".join(path.read_text("utf-8") for path in ROOT.glob("tests/test_*.py"))
+    for name in set(re.findall(r"`(test_\w+)`", text)):
+        assert f"def {name}(" in code, name
+    named = set(
+        re.findall(r"`(?:sr\.)?((?:theory|problems|quadratic)\.(?!py)\w+)", text)
+    )
+    assert len(named) >= 15
+    for name in named:
+        operator.attrgetter(name)(sparserec)

@@ -141,10 +141,14 @@ def test_a_loss_that_explodes_away_from_the_start_loses_nothing():
     assert int(solution.mask["in"].sum() + solution.mask["out"].sum()) == 24
 
 
+def cached_programs():
+    return _run._run_compiled._cache_size()  # type: ignore[attr-defined]
+
+
 def test_the_settings_of_a_sweep_share_one_compilation():
     _, draw = trained()
     prune(k=30)
-    before = _run._run_compiled._cache_size()
+    before = cached_programs()
     for k in (12, 24, 40):
         prune(k=k)
     params, _ = trained()
@@ -159,4 +163,4 @@ def test_the_settings_of_a_sweep_share_one_compilation():
         max_steps=6,
         refinements=2,
     )
-    assert _run._run_compiled._cache_size() == before
+    assert cached_programs() == before

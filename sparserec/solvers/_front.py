@@ -20,6 +20,7 @@ from sparserec.quadratic import (
     QuadraticModel,
     make_objective,
 )
+from sparserec.quadratic._chunked import leading_size
 
 
 def solve(
@@ -110,18 +111,8 @@ def check_data(
         first = args
     if batch_size is not None:
         check_positive_int("batch_size", batch_size)
-        check_same_leading_size(first)
+        leading_size(first)
     return first
-
-
-def check_same_leading_size(args: tuple) -> None:
-    """Raises where the arrays in `args` do not share their leading axis."""
-    shapes = [jnp.shape(x) for x in jax.tree.leaves(args)]
-    if len({shape[:1] for shape in shapes}) > 1 or () in shapes:
-        raise ValueError(
-            "the arrays in `args` must share their leading axis, the examples; got "
-            f"shapes {shapes}."
-        )
 
 
 def check_loss(
@@ -143,7 +134,7 @@ def check_loss(
                 "`params` must have the structure and shapes of the model's center, "
                 f"{_tree.layout(center)}; got {_tree.layout(params)}."
             )
-        return _check_operations(objective.loss_fn.curvature, needs)
+        return _check_operations(type(objective.loss_fn.curvature), needs)
     try:
         value = _evaluate.eval_shape(objective.loss_fn, params, args)
     except (TypeError, ValueError) as error:
@@ -164,9 +155,9 @@ def check_loss(
             "over the examples: `return jnp.mean(losses)`."
         )
     if objective.on_host:
-        return MatrixFree
+        return _check_operations(MatrixFree, needs)
     model = _model.eval_shape(objective, params, args)
-    return _check_operations(model.curvature, needs)
+    return _check_operations(type(model.curvature), needs)
 
 
 # Compiled functions remember the shapes of what they returned, so that a second
@@ -181,16 +172,16 @@ def _model(objective, params, args):
     return objective.model(params, args)
 
 
-def _check_operations(curvature: object, needs: tuple[str, ...]) -> type:
+def _check_operations(curvature: type, needs: tuple[str, ...]) -> type:
     missing = [name for name in needs if not hasattr(curvature, name)]
     if missing:
         raise ValueError(
             f"this choice needs a curvature with {missing}, which "
-            f"{type(curvature).__name__} does not have. Use a stored curvature "
+            f"{curvature.__name__} does not have. Use a stored curvature "
             "(`sparserec.quadratic.dense(...)`, or a model with at most "
             "`Hessian(dense_limit=...)` weights), or `mask_rule='top_k'`."
         )
-    return type(curvature)
+    return curvature
 
 
 def check_start(solution: Solution) -> None:

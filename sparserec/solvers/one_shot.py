@@ -96,7 +96,10 @@ def _surgery(
     end = eliminate(_tree.flatten(state.params), inverse, budget, layout)
     mask = layout.split(end.alive)
     params = _tree.cast_like(layout.split(end.values), state.params)
-    params = _tree.keep(mask, params)
+    # Where there is no inverse there is no surgery, only magnitudes.
+    largest = select.support(state.params, budget.counts, budget.groups)
+    mask = _tree.where(succeeded, mask, largest)
+    params = _tree.keep(mask, _tree.where(succeeded, params, state.params))
     failure = jnp.where(
         succeeded, int(Status.RUNNING), int(Status.NOT_POSITIVE_DEFINITE)
     )
