@@ -11,16 +11,17 @@ from sparserec._report import report
 from sparserec._run import Solver, State, run
 from sparserec._solution import History, Solution, SolveError, check
 from sparserec._types import Status
-from sparserec.budget import keep, matrices
+from sparserec.budget import Budget, keep, make_budget, matrices
 from sparserec.select import apply_mask
 from sparserec.solvers._descent import Descent
 from sparserec.solvers.iht import iht, iht_solver
-from sparserec.solvers.iobs import iobs, iobs_product_solver, iobs_solver
+from sparserec.solvers.iobs import iobs
 from sparserec.solvers.one_shot import obd, obs
 
 __version__ = importlib.metadata.version("sparserec")
 
 __all__ = [
+    "Budget",
     "Descent",
     "History",
     "Solution",
@@ -33,9 +34,8 @@ __all__ = [
     "iht",
     "iht_solver",
     "iobs",
-    "iobs_product_solver",
-    "iobs_solver",
     "keep",
+    "make_budget",
     "matrices",
     "obd",
     "obs",

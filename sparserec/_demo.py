@@ -107,7 +107,7 @@ def _convolutional(key: Key[Array, ""], data: _Data) -> _Network:
         ]
     )
     images = data.train[0]
-    params = net.init(key, images[:1])["params"]
+    params = jax.jit(net.init)(key, images[:1])["params"]
 
     def predict(params: Params, x: Array) -> Any:
         return net.apply({"params": params}, x)

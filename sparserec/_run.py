@@ -14,6 +14,10 @@ from sparserec._solution import History, Solution
 from sparserec._types import Mask, Params, Scalar, Status
 from sparserec.budget import Budget
 
+_LONGEST_CYCLE = 8
+"""Steps over which a support that comes back counts as a cycle; a later return may be
+a new growth of the support."""
+
 
 class State(NamedTuple):
     """What every solver says after a step.
@@ -136,7 +140,8 @@ def _advance(
     better = finite & state.settled & improved
     signature = _signature(state.mask)
     history = progress.history
-    earlier = jnp.arange(max_steps, dtype=jnp.int32) < index - 1
+    steps = jnp.arange(max_steps, dtype=jnp.int32)
+    earlier = (steps < index - 1) & (steps >= index - _LONGEST_CYCLE)
     returned = earlier & (progress.signatures == signature)
     last = jnp.maximum(index - 1, 0)
     cycled = (

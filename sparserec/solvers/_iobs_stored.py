@@ -25,6 +25,7 @@ from sparserec.solvers._supports import MASK_RULES, best_exchange
 FIRST_DAMPING = 0.01
 """Relative damping at which the adaptive rule starts."""
 
+_IDLE = 1e-7  # relative change that is rounding
 _GROWTHS, _GROWTH_RATIO = 5, 10.0**0.5  # growths of schedule "up", and their dampings
 _GROWTH, _DECAY = 4.0, 0.5  # of adaptive damping, after a rejection / an acceptance
 _RANGE = 1e-8, 1e8  # of adaptive damping, relative
@@ -150,7 +151,8 @@ def _grow_again(
     """
     memory = before.memory
     same = jnp.all(_tree.flatten(before.mask) == _tree.flatten(after.mask))
-    stalled = before.settled & same & (after.objective >= before.objective)
+    idle = (after.objective >= before.objective) | (after.change <= _IDLE)
+    stalled = before.settled & same & idle
     steep = _tree.norm(model.gradient) > 1e-6 * memory.gradient_norm
     again = stalled & steep & (memory.growths < _GROWTHS)
     strength = _GROWTH_RATIO ** memory.growths.astype(memory.scale.dtype)

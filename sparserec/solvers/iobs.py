@@ -90,7 +90,7 @@ def iobs(
     prunable: Prunable = matrices,
     batch_size: int | None = None,
     tol: Scalar | float = 1e-6,
-    max_steps: int = 50,
+    max_steps: int = 100,
 ) -> Solution:
     r"""Minimises a loss over k-sparse params by iterative Optimal Brain Surgeon.
 
@@ -168,6 +168,11 @@ def iobs(
     _check_choices(params, mask_rule, values, damping, step_size)
     check_schedule(schedule)
     _front.check_positive_int("stages", stages)
+    if schedule in ("down", "up") and stages > max_steps:
+        raise ValueError(
+            f"the schedule takes `stages={stages}` steps to arrive at k, more than "
+            f"`max_steps={max_steps}`. Raise `max_steps` or lower `stages`."
+        )
     if held_out is None:
         held_out = 0.0 if batches is None else 0.1
     if not 0 <= held_out < 1:
@@ -177,6 +182,12 @@ def iobs(
     bare = not (adaptive and safeguard and values == "obs" and mask_rule == "top_k")
 
     def make_solver(objective: Objective, known_by_products: bool) -> Solver:
+        if descent is not None and (bare or not known_by_products):
+            raise ValueError(
+                "`descent` tunes networks: it needs a curvature known by products "
+                "such as `sparserec.quadratic.gauss_newton(...)`, and adaptive "
+                "damping with the safeguard."
+            )
         if known_by_products and not bare:
             return iobs_product_solver(
                 objective,
