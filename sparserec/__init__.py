@@ -6,7 +6,7 @@ may stay; a solver chooses the support and the values; the answer is a `Solution
 
 import importlib.metadata
 
-from sparserec import plot, problems, quadratic, select, theory, training
+from sparserec import plot, problems, quadratic, select, structure, theory, training
 from sparserec._report import report
 from sparserec._run import Solver, State, run
 from sparserec._solution import History, Solution, SolveError, check
@@ -45,6 +45,7 @@ __all__ = [
     "report",
     "run",
     "select",
+    "structure",
     "theory",
     "training",
 ]

@@ -11,12 +11,8 @@ from jaxtyping import Array, Bool, Int
 from sparserec import _tree
 from sparserec._linsolve import while_loop
 from sparserec._solution import History, Solution
-from sparserec._types import Mask, Params, Scalar, Status
+from sparserec._types import Count, Mask, Params, Scalar, Status
 from sparserec.budget import Budget
-
-_LONGEST_CYCLE = 8
-"""Steps over which a support that comes back counts as a cycle; a later return may be
-a new growth of the support."""
 
 
 class State(NamedTuple):
@@ -33,6 +29,8 @@ class State(NamedTuple):
       settled: whether the iterate obeys the final budget, shape `()`.
       failure: `RUNNING` while all is well, else the status to stop with.
       memory: whatever the solver carries along; any pytree.
+      attempt: number of times the solver has started over, shape `()`; a support that
+        comes back in another attempt is no cycle.
     """
 
     params: Params
@@ -44,6 +42,7 @@ class State(NamedTuple):
     settled: Bool[Array, ""]
     failure: Int[Array, ""]
     memory: Any = ()
+    attempt: Count | int = 0
 
 
 class Incumbent(NamedTuple):
@@ -138,10 +137,10 @@ def _advance(
     improved = state.objective < best.objective if comparable else jnp.bool_(True)
     improved |= ~jnp.isfinite(best.objective)
     better = finite & state.settled & improved
-    signature = _signature(state.mask)
+    attempt = jnp.asarray(state.attempt).astype(jnp.uint32)
+    signature = _signature(state.mask) + attempt * jnp.uint32(2654435769)
     history = progress.history
-    steps = jnp.arange(max_steps, dtype=jnp.int32)
-    earlier = (steps < index - 1) & (steps >= index - _LONGEST_CYCLE)
+    earlier = jnp.arange(max_steps, dtype=jnp.int32) < index - 1
     returned = earlier & (progress.signatures == signature)
     last = jnp.maximum(index - 1, 0)
     cycled = (

@@ -1,5 +1,7 @@
 """Linen and nnx: the same weights give the same answer whatever holds them."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -91,8 +93,14 @@ def solve_in(container, solver):
     )
 
 
+# The first compiles fastest, and five containers are five compilations.
 @pytest.mark.parametrize(
-    "solver", [sparserec.iht, pytest.param(sparserec.iobs, marks=pytest.mark.slow)]
+    "solver",
+    [
+        pytest.param(functools.partial(sparserec.iht, step_size=0.3), id="fixed step"),
+        pytest.param(sparserec.iht, id="iht", marks=pytest.mark.slow),
+        pytest.param(sparserec.iobs, id="iobs", marks=pytest.mark.slow),
+    ],
 )
 def test_the_answer_does_not_depend_on_the_container(solver):
     weights, mask, objective = solve_in("array", solver)

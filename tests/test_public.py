@@ -31,7 +31,7 @@ FLOORS = (
     {"_top_k", "select", "budget", "quadratic"},
     {"_solution", "_run"},
     {"saliency", "solvers"},
-    {"_report", "training"},
+    {"_report", "structure", "training"},
     {"plot", "problems", "theory"},
     {"__init__", "__main__", "_demo"},
 )

@@ -55,6 +55,8 @@ def solve(
         max_steps = min(max_steps, len(jax.tree.leaves(batches)[0]))
     objective = make_objective(loss_fn, curvature, batch_size)
     working = _tree.to_working_precision(params)
+    if isinstance(loss_fn, QuadraticModel):
+        working = _cast_to_center(working, loss_fn)
     curvature_type = check_loss(objective, working, first, needs)
     solution = run(
         make_solver(objective, issubclass(curvature_type, MatrixFree)),
@@ -68,6 +70,13 @@ def solve(
     )
     check_start(solution)
     return solution._replace(params=_tree.cast_like(solution.params, params))
+
+
+def _cast_to_center(params: Params, model: QuadraticModel) -> Params:
+    """Params in the dtypes of the model; those of another layout are refused later."""
+    if _tree.layout(params) != _tree.layout(model.center):
+        return params
+    return _tree.cast_like(params, model.center)
 
 
 def check_positive_int(name: str, value: object) -> None:

@@ -25,7 +25,6 @@ from sparserec.solvers._supports import MASK_RULES, best_exchange
 FIRST_DAMPING = 0.01
 """Relative damping at which the adaptive rule starts."""
 
-_IDLE = 1e-7  # relative change that is rounding
 _GROWTHS, _GROWTH_RATIO = 5, 10.0**0.5  # growths of schedule "up", and their dampings
 _GROWTH, _DECAY = 4.0, 0.5  # of adaptive damping, after a rejection / an acceptance
 _RANGE = 1e-8, 1e8  # of adaptive damping, relative
@@ -47,7 +46,7 @@ class StoredOptions:
 class _Memory(NamedTuple):
     damping: Scalar  # absolute, for the next step
     scale: Scalar  # mean curvature at the start
-    gradient_norm: Scalar  # at the start; negative before the first step
+    gradient_norm: Scalar  # largest so far: the scale of stationarity
     start: Params  # where another growth begins
     origin: Int[Array, ""]  # step at which the running growth began
     growths: Int[Array, ""]  # begun so far
@@ -123,6 +122,15 @@ def step(
         chosen = functools.reduce(_better, candidates)
         accepted = jnp.isfinite(chosen.objective)
         if options.safeguard:
+            # Among equally good supports the present one stays; rounding would let
+            # them take turns for ever.
+            place = len(supports) - 1 - hasattr(model.curvature, "to_matrix")
+            present = functools.reduce(
+                _better, candidates[place * len(ridges) : (place + 1) * len(ridges)]
+            )
+            slack = 8 * jnp.finfo(damping.dtype).eps * jnp.abs(present.objective)
+            even = present.objective <= chosen.objective + slack
+            chosen = _select(even, present, chosen)
             plain = _masked(objective, state.params, now, args)
             accepted = chosen.objective <= plain.objective
             chosen = _select(accepted, chosen, plain)
@@ -151,8 +159,7 @@ def _grow_again(
     """
     memory = before.memory
     same = jnp.all(_tree.flatten(before.mask) == _tree.flatten(after.mask))
-    idle = (after.objective >= before.objective) | (after.change <= _IDLE)
-    stalled = before.settled & same & idle
+    stalled = before.settled & same & (after.objective >= before.objective)
     steep = _tree.norm(model.gradient) > 1e-6 * memory.gradient_norm
     again = stalled & steep & (memory.growths < _GROWTHS)
     strength = _GROWTH_RATIO ** memory.growths.astype(memory.scale.dtype)
@@ -174,6 +181,7 @@ def _grow_again(
         settled=after.settled & ~again,
         failure=after.failure,
         memory=jax.tree.map(lambda x, y: jnp.where(again, x, y), fresh, after.memory),
+        attempt=memory.growths,
     )
 
 
@@ -200,8 +208,13 @@ def _next_state(
         failed = jnp.bool_(False)
     else:
         failed = ~solved & jnp.isfinite(model.value)
-    gradient_norm = jnp.where(
-        memory.gradient_norm < 0, _tree.norm(model.gradient), memory.gradient_norm
+    # The largest so far, not the first: training ends where the gradient vanishes,
+    # and only on leaving that point does it show its scale. Below the floor it is
+    # rounding (all weights may stay).
+    eps = jnp.finfo(memory.scale.dtype).eps
+    floor = jnp.sqrt(eps) * memory.scale * _tree.norm(model.center)
+    gradient_norm = jnp.maximum(
+        jnp.maximum(memory.gradient_norm, _tree.norm(model.gradient)), floor
     )
     live_gradient = _tree.norm(_tree.keep(chosen.mask, model.gradient))
     # The bare thresholding of a Newton point has fixed points that are not

@@ -22,7 +22,7 @@ _LARGEST_SHRINKAGE = 60
 
 class _Memory(NamedTuple):
     step_size: Scalar
-    gradient_norm: Scalar  # at the start: the scale of stationarity
+    gradient_norm: Scalar  # largest so far: the scale of stationarity
 
 
 class _Trial(NamedTuple):
@@ -70,8 +70,7 @@ def _step(
     del index
     model = objective.model(state.params, args)
     gradient = model.gradient
-    first = state.memory.gradient_norm < 0
-    start_norm = jnp.where(first, _tree.norm(gradient), state.memory.gradient_norm)
+    largest = jnp.maximum(state.memory.gradient_norm, _tree.norm(gradient))
 
     def project(length: Scalar) -> tuple[Params, Params]:
         point = _tree.add_scaled(state.params, -length, gradient)
@@ -88,16 +87,20 @@ def _step(
         value = objective.value(params, args)
     change = _tree.norm(_tree.sub(params, state.params))
     live_gradient = _tree.norm(_tree.keep(mask, gradient))
+    # A trained start has no gradient to compare with. Where all weights may stay it
+    # never gets one; below this floor it is rounding.
+    eps, tiny = jnp.finfo(change.dtype).eps, jnp.finfo(change.dtype).tiny
+    floor = jnp.maximum(jnp.sqrt(eps) * _tree.norm(params) / length, tiny)
     return State(
         params=params,
         mask=mask,
         objective=value,
-        change=change / jnp.maximum(_tree.norm(params), jnp.finfo(change.dtype).tiny),
-        stationarity=live_gradient / jnp.where(start_norm > 0, start_norm, 1),
+        change=change / jnp.maximum(_tree.norm(params), tiny),
+        stationarity=live_gradient / jnp.maximum(largest, floor),
         damping=state.damping,
         settled=state.settled,
         failure=state.failure,
-        memory=_Memory(step_size=length, gradient_norm=start_norm),
+        memory=_Memory(step_size=length, gradient_norm=largest),
     )
 
 
