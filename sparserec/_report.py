@@ -14,7 +14,8 @@ from sparserec._types import PRECISION, LossFn, Params, Scalar
 from sparserec.quadratic import Objective, QuadraticModel, make_objective
 
 _NODES = 16
-"""Points of the quadrature: relative error about 1e-4 on networks with ReLU."""
+"""Points of the quadrature; on small networks with ReLU, where the loss rose from
+0.03 to 2, the changes then added up to within 1e-4 to 1e-3."""
 
 
 class ReportRow(NamedTuple):
@@ -28,8 +29,8 @@ class ReportRow(NamedTuple):
       density: `kept / total`; 1 for an empty leaf.
       loss_change: the part of the change in loss that this leaf accounts for, in
         units of loss; `None` where no loss was given.
-      share: `loss_change` over its sum over all leaves; NaN where that sum is not
-        positive, `None` where no loss was given.
+      share: `loss_change` over the sum of the magnitudes of all of them, in [-1, 1];
+        NaN where no leaf has one, `None` where no loss was given.
     """
 
     path: str
@@ -80,7 +81,7 @@ class Report(NamedTuple):
             kept, total = sum(r.kept for r in rows), sum(r.total for r in rows)
             line = [label, "", *_counts(kept, total)]
             if measured:
-                line += _measured(_sum(rows, "loss_change"), _sum(rows, "share"))
+                line += [f"{sum(row.loss_change or 0 for row in rows):+.3g}", ""]
             lines.append(line)
         table = _align([header, *lines], left=2)
         rule = "-" * max(map(len, table))
@@ -114,7 +115,7 @@ def report(
     $$c_l = \int_0^1 \bigl\langle \nabla_l f(w + t(\hat w - w)),
       \hat w_l - w_l \bigr\rangle \, dt, \qquad
       \sum_l c_l = f(\hat w) - f(w), \qquad
-      \text{share}_l = c_l \Big/ \sum_m c_m.$$
+      \text{share}_l = c_l \Big/ \sum_m |c_m|.$$
 
     No leaf comes first, and nothing is left over. Putting leaves back one at a time
     would not add up: a solver that refits adapts the leaves to one another, so that
@@ -130,9 +131,10 @@ def report(
     Returns:
       A `Report`; counts and losses are Python numbers. The integral is evaluated at
       16 points (exact for polynomials up to degree 31), so the changes add up to the
-      difference of the losses to that accuracy; a leaf whose new values lower the
-      loss has a negative one. The shares sum to one; they are NaN where the loss did
-      not rise, or is NaN. With `k=0` the densities of the prunable leaves are 0.
+      difference of the losses to that accuracy. A leaf whose new values lower the
+      loss, which refitting solvers bring about, has a negative change and share.
+      Where none has, the shares sum to one; where nothing changed or the loss is NaN
+      they are NaN. With `k=0` the densities of the prunable leaves are 0.
 
     Raises:
       ValueError: `solution` does not have the leaf paths and shapes of `params`.
@@ -150,7 +152,7 @@ def report(
     objective = make_objective(loss_fn)
     dense, pruned = map(_tree.to_working_precision, (params, solution.params))
     changes = _changes(objective, dense, pruned, args)
-    total = sum(changes)
+    total = sum(map(abs, changes))
     shares = [c / total if total > 0 else math.nan for c in changes]
     before, after = (float(_value(objective, p, args)) for p in (dense, pruned))
     measured = tuple(
@@ -229,17 +231,9 @@ def _cells(row: ReportRow) -> list[str]:
     shape = " x ".join(map(str, row.shape)) or "scalar"
     cells = [row.path or "(the array)", shape, *_counts(row.kept, row.total)]
     if row.loss_change is not None and row.share is not None:
-        cells += _measured(row.loss_change, row.share)
+        shown = "-" if math.isnan(row.share) else f"{100 * row.share:.1f} %"
+        cells += [f"{row.loss_change:+.3g}", shown]
     return cells
-
-
-def _sum(rows: tuple[ReportRow, ...], field: str) -> float:
-    return sum(getattr(row, field) for row in rows)
-
-
-def _measured(loss_change: float, share: float) -> list[str]:
-    shown = "-" if math.isnan(share) else f"{100 * share:.1f} %"
-    return [f"{loss_change:+.3g}", shown]
 
 
 def _align(lines: list[list[str]], left: int) -> list[str]:

@@ -128,7 +128,8 @@ def test_loss_changes_add_up_to_the_difference_of_the_losses(seed):
     changes = changes_of(result)
     assert sum(changes) == pytest.approx(float(after - before), rel=1e-7)
     for row in result.rows:
-        assert row.share == pytest.approx(float(row.loss_change or 0) / sum(changes))
+        magnitudes = sum(map(abs, changes))
+        assert row.share == pytest.approx(float(row.loss_change or 0) / magnitudes)
 
 
 def test_on_a_separable_loss_every_leaf_pays_for_itself():
@@ -153,14 +154,24 @@ def test_a_leaf_that_did_not_change_costs_nothing():
     assert result.rows[2].loss_change == 0
 
 
-def test_shares_are_nan_where_the_loss_fell_or_is_nan():
+def test_leaves_that_lower_the_loss_have_negative_shares():
     params, solution = make_case()
     x, _ = make_data(params)
-    fitted = make_data(solution.params)[1]
-    for target in (fitted, fitted * jnp.nan):
-        result = report(params, solution, loss, (x, target))
+    result = report(params, solution, loss, (x, make_data(solution.params)[1]))
+    assert sum(changes_of(result)) < 0
+    shares = [float(row.share or 0) for row in result.rows]
+    assert min(shares) < 0
+    assert sum(map(abs, shares)) == pytest.approx(1)
+
+
+def test_shares_are_nan_where_nothing_changed_or_the_loss_is_nan():
+    params, solution = make_case()
+    x, y = make_data(params)
+    unchanged = report(params, solution._replace(params=params), loss, (x, y))
+    broken = report(params, solution, loss, (x, y * jnp.nan))
+    for result in (unchanged, broken):
         assert all(np.isnan(float(row.share or 0)) for row in result.rows)
-        assert "nan" not in str(result).lower() or np.isnan(target).any()
+        assert str(result).count(" -\n") == len(result.rows)
 
 
 def test_a_quadratic_model_is_a_loss():
@@ -214,12 +225,12 @@ def test_table_with_a_loss():
     )
     # No second sum: all leaves are pruned ones.
     assert str(Report(rows, 0.1, 0.14)).splitlines() == [
-        "leaf        shape  kept  of  density  loss change    share",
-        "----------------------------------------------------------",
-        "a           2 x 2     1   4   25.0 %        +0.03   75.0 %",
-        "b           2 x 2     2   4   50.0 %        +0.01   25.0 %",
-        "----------------------------------------------------------",
-        "all leaves            3   8   37.5 %        +0.04  100.0 %",
+        "leaf        shape  kept  of  density  loss change   share",
+        "---------------------------------------------------------",
+        "a           2 x 2     1   4   25.0 %        +0.03  75.0 %",
+        "b           2 x 2     2   4   50.0 %        +0.01  25.0 %",
+        "---------------------------------------------------------",
+        "all leaves            3   8   37.5 %        +0.04",
         "loss: 0.1 -> 0.14",
     ]
 
