@@ -38,7 +38,7 @@ class _Settings(NamedTuple):
     densities: tuple[float, ...] = (0.2, 0.1, 0.05, 0.02)
     train_steps: int = 300
     tune_steps: int = 100
-    iht_steps: int = 40
+    iht_steps: int = 100
     stages: int = 8  # of I-OBS, from all weights down to the budget
     refinements: int = 2  # refits of I-OBS at every stage
     cg_steps: int = 4
