@@ -8,7 +8,7 @@ import importlib.metadata
 
 from sparserec import plot, problems, quadratic, select, structure, theory, training
 from sparserec._report import report
-from sparserec._run import Solver, State, run
+from sparserec._run import Incumbent, Solver, State, run
 from sparserec._solution import History, Solution, SolveError, check
 from sparserec._types import Status
 from sparserec.budget import Budget, keep, make_budget, matrices
@@ -24,6 +24,7 @@ __all__ = [
     "Budget",
     "Descent",
     "History",
+    "Incumbent",
     "Solution",
     "SolveError",
     "Solver",

@@ -293,6 +293,26 @@ def test_rule_that_the_curvature_cannot_serve(rule, operation, options):
         sparserec.iobs(loss, PARAMS, 1, args=ARGS, mask_rule=rule, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"held_out": 0.2}, "`held_out` has no effect.*known by products"),
+        ({"refinements": 2}, "`refinements` has no effect.*known by products"),
+        (
+            {"curvature": PRODUCTS, "refinements": 2, "damping": 0.1},
+            "`refinements` has no effect.*adaptive damping",
+        ),
+        (
+            {"curvature": PRODUCTS, "step_size": 0.5},
+            "`step_size` has no effect.*stored curvatures",
+        ),
+    ],
+)
+def test_options_that_would_have_no_effect(options, words):
+    with pytest.raises(ValueError, match=words):
+        sparserec.iobs(loss, PARAMS, 1, args=ARGS, **options)
+
+
 @pytest.mark.parametrize("rule", ["saliency", "backward", "exact"])
 def test_rule_that_the_curvature_of_a_model_cannot_serve(rule):
     curvature = quadratic.MatrixFree(

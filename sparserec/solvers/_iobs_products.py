@@ -20,7 +20,7 @@ from sparserec._run import Incumbent, State
 from sparserec._types import Mask, Params, Scalar, Status
 from sparserec.budget import Budget
 from sparserec.quadratic import MatrixFree, Objective, QuadraticModel
-from sparserec.solvers import _descent
+from sparserec.solvers import _descent, _states
 from sparserec.solvers._descent import Descent
 from sparserec.solvers._examples import Examples, divide
 from sparserec.solvers._schedule import Schedule, budget_at
@@ -65,7 +65,7 @@ class Memory(NamedTuple):
       scale: mean curvature at the start.
       diagonal: running estimate of the diagonal of the curvature.
       displacement: of the last refinement.
-      gradient_norm: at the start, negative before the first step.
+      gradient_norm: largest so far, negative before the first step.
       descent: state of the optimizer between the stages.
     """
 
@@ -99,24 +99,15 @@ def init(
     projection = _tree.keep(mask, params)
     one = jnp.ones((), model.value.dtype)
     zeros = _tree.zeros_like(params)
-    state = State(
-        params=params,
-        mask=_tree.ones_mask(params),
-        objective=model.value,
-        change=one,
-        stationarity=one,
-        damping=one * jnp.nan,
-        settled=jnp.bool_(False),
-        failure=jnp.int32(Status.RUNNING),
-        memory=Memory(
-            damping=FIRST_DAMPING * scale.astype(one.dtype),
-            scale=scale.astype(one.dtype),
-            diagonal=zeros,
-            displacement=zeros,
-            gradient_norm=-one,
-            descent=_descent.init(options.descent, params),
-        ),
+    memory = Memory(
+        damping=FIRST_DAMPING * scale.astype(one.dtype),
+        scale=scale.astype(one.dtype),
+        diagonal=zeros,
+        displacement=zeros,
+        gradient_norm=-one,
+        descent=_descent.init(options.descent, params),
     )
+    state = _states.begin(params, _tree.ones_mask(params), model.value, memory)
     return state, Incumbent(projection, mask, objective.value(projection, args))
 
 
@@ -252,20 +243,18 @@ def step(
     params, displacement, damping = _refine(
         solver, options.refinements, params, mask, damping, state.memory
     )
-    gradient_norm = jnp.where(
-        state.memory.gradient_norm < 0,
-        _tree.norm(model.gradient),
+    gradient_norm = _states.gradient_scale(
         state.memory.gradient_norm,
+        model.gradient,
+        state.memory.scale * _tree.norm(state.params),
     )
-    change = _tree.norm(_tree.sub(params, state.params))
     live = _tree.norm(_tree.keep(mask, model.gradient))
-    tiny = jnp.finfo(change.dtype).tiny
     return State(
         params=params,
         mask=mask,
         objective=objective.value(params, args),
-        change=change / jnp.maximum(_tree.norm(params), tiny),
-        stationarity=live / jnp.where(gradient_norm > 0, gradient_norm, 1),
+        change=_states.relative_change(params, state.params),
+        stationarity=live / gradient_norm,
         damping=state.memory.damping,
         settled=jnp.all(now.counts == budget.counts),
         failure=jnp.int32(Status.RUNNING),

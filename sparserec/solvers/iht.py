@@ -11,10 +11,10 @@ from sparserec import _tree, select
 from sparserec._linsolve import while_loop
 from sparserec._run import Incumbent, Solver, State
 from sparserec._solution import Solution
-from sparserec._types import LossFn, Params, Prunable, Scalar, Status
+from sparserec._types import LossFn, Params, Prunable, Scalar
 from sparserec.budget import Budget, matrices
 from sparserec.quadratic import Objective, QuadraticModel
-from sparserec.solvers import _front
+from sparserec.solvers import _front, _states
 
 _LARGEST_SHRINKAGE = 60
 """Halvings of one step before it is given up: 2^-60 is beyond float64 rounding."""
@@ -44,18 +44,9 @@ def _init(
     mask = select.support(params, budget.counts, budget.groups)
     projection = _tree.keep(mask, params)
     value = objective.value(projection, args)
-    one = jnp.ones((), value.dtype)
-    state = State(
-        params=projection,
-        mask=mask,
-        objective=value,
-        change=one,
-        stationarity=one,
-        damping=jnp.full((), jnp.nan, value.dtype),
-        settled=jnp.bool_(True),
-        failure=jnp.int32(Status.RUNNING),
-        memory=_Memory(step_size=-one, gradient_norm=-one),
-    )
+    minus = -jnp.ones((), value.dtype)
+    memory = _Memory(step_size=minus, gradient_norm=minus)
+    state = _states.begin(projection, mask, value, memory, settled=True)
     return state, Incumbent(projection, mask, value)
 
 
@@ -70,7 +61,6 @@ def _step(
     del index
     model = objective.model(state.params, args)
     gradient = model.gradient
-    largest = jnp.maximum(state.memory.gradient_norm, _tree.norm(gradient))
 
     def project(length: Scalar) -> tuple[Params, Params]:
         point = _tree.add_scaled(state.params, -length, gradient)
@@ -85,22 +75,20 @@ def _step(
         length = step_size.astype(state.objective.dtype)
         params, mask = project(length)
         value = objective.value(params, args)
-    change = _tree.norm(_tree.sub(params, state.params))
     live_gradient = _tree.norm(_tree.keep(mask, gradient))
-    # A trained start has no gradient to compare with. Where all weights may stay it
-    # never gets one; below this floor it is rounding.
-    eps, tiny = jnp.finfo(change.dtype).eps, jnp.finfo(change.dtype).tiny
-    floor = jnp.maximum(jnp.sqrt(eps) * _tree.norm(params) / length, tiny)
+    gradient_norm = _states.gradient_scale(
+        state.memory.gradient_norm, gradient, _tree.norm(params) / length
+    )
     return State(
         params=params,
         mask=mask,
         objective=value,
-        change=change / jnp.maximum(_tree.norm(params), tiny),
-        stationarity=live_gradient / jnp.maximum(largest, floor),
+        change=_states.relative_change(params, state.params),
+        stationarity=live_gradient / gradient_norm,
         damping=state.damping,
         settled=state.settled,
         failure=state.failure,
-        memory=_Memory(step_size=length, gradient_norm=largest),
+        memory=_Memory(step_size=length, gradient_norm=gradient_norm),
     )
 
 

@@ -26,6 +26,17 @@ from sparserec.solvers._iobs_stored import StoredOptions
 from sparserec.solvers._schedule import Schedule, check_schedule
 from sparserec.solvers._supports import EXACT_LIMIT, MASK_RULES, NEEDS
 
+_HELD_OUT = 0.1  # share of fresh data
+_REFINEMENTS = 6
+_STORED = (
+    "stored curvatures (`sparserec.quadratic.dense(...)`, small models) and for the "
+    "bare iteration (`safeguard=False`, a fixed `damping`, or another `mask_rule`)"
+)
+_PRODUCTS = (
+    "curvatures known by products such as `sparserec.quadratic.gauss_newton(...)`, "
+    "with adaptive damping, the safeguard, and `mask_rule='top_k'`"
+)
+
 
 def iobs_solver(
     objective: Objective,
@@ -85,7 +96,7 @@ def iobs(
     batches: Callable[[int], tuple] | tuple | None = None,
     safeguard: bool = True,
     held_out: float | None = None,
-    refinements: int = 6,
+    refinements: int | None = None,
     descent: Descent | None = None,
     prunable: Prunable = matrices,
     batch_size: int | None = None,
@@ -125,7 +136,8 @@ def iobs(
       damping: `"auto"` adapts it; a number $\ge 0$ is fixed. Relative to the mean
         curvature at the start, no unit; traced.
       step_size: $\eta$. `"auto"` is one for a curvature of full rank and about n
-        over the rank otherwise; traced.
+        over the rank otherwise; a number, traced, is for stored curvatures or a bare
+        iteration.
       schedule: `None`; `"down"` lowers the budget from all weights to k (pruning);
         `"up"` raises it from few weights to k (recovery); or a function from the
         step's index to a count. Static.
@@ -139,7 +151,7 @@ def iobs(
         curvatures known by products; by default 0.1 with `batches`, and none with
         `args`, so that the loss of all of them is minimised. Static.
       refinements: re-linearised refits on the support at every step, for curvatures
-        known by products; static.
+        known by products; six by default. Static.
       descent: `sparserec.Descent(optimizer)` tunes the kept weights by mini-batches
         between the choice of the support and the refinements; static.
       prunable: which leaves may be pruned; see `sparserec.matrices`. Other leaves
@@ -173,35 +185,34 @@ def iobs(
             f"the schedule takes `stages={stages}` steps to arrive at k, more than "
             f"`max_steps={max_steps}`. Raise `max_steps` or lower `stages`."
         )
-    if held_out is None:
-        held_out = 0.0 if batches is None else 0.1
-    if not 0 <= held_out < 1:
+    if held_out is not None and not 0 <= held_out < 1:
         raise ValueError(f"`held_out` must lie in [0, 1), got {held_out!r}.")
     adaptive = isinstance(damping, str)
-    strength = _iobs_stored.FIRST_DAMPING if isinstance(damping, str) else damping
+    fixed_step = None if isinstance(step_size, str) else step_size
     bare = not (adaptive and safeguard and values == "obs" and mask_rule == "top_k")
 
     def make_solver(objective: Objective, known_by_products: bool) -> Solver:
-        if descent is not None and (bare or not known_by_products):
-            raise ValueError(
-                "`descent` tunes networks: it needs a curvature known by products "
-                "such as `sparserec.quadratic.gauss_newton(...)`, and adaptive "
-                "damping with the safeguard."
-            )
         if known_by_products and not bare:
+            _refuse(_STORED, step_size=fixed_step)
+            default = 0.0 if batches is None else _HELD_OUT
             return iobs_product_solver(
                 objective,
                 options=ProductOptions(
-                    schedule, stages, held_out, refinements, descent
+                    schedule=schedule,
+                    stages=stages,
+                    held_out=default if held_out is None else held_out,
+                    refinements=_REFINEMENTS if refinements is None else refinements,
+                    descent=descent,
                 ),
             )
+        _refuse(_PRODUCTS, descent=descent, held_out=held_out, refinements=refinements)
         return iobs_solver(
             objective,
             options=StoredOptions(
                 mask_rule, values, adaptive, schedule, stages, safeguard
             ),
-            damping=strength,
-            step_size=None if isinstance(step_size, str) else step_size,
+            damping=_iobs_stored.FIRST_DAMPING if isinstance(damping, str) else damping,
+            step_size=fixed_step,
         )
 
     return _front.solve(
@@ -218,6 +229,13 @@ def iobs(
         tol=tol,
         max_steps=max_steps,
     )
+
+
+def _refuse(where: str, **options: object) -> None:
+    """Raises for options that would have no effect."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(f"`{given[0]}` has no effect here: it is for {where}.")
 
 
 def _check_choices(

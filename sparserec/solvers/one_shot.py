@@ -15,7 +15,7 @@ from sparserec._types import LossFn, Mask, Params, Prunable, Scalar, Status
 from sparserec.budget import Budget, matrices
 from sparserec.quadratic import CurvatureFn, Objective, QuadraticModel, hessian
 from sparserec.quadratic._model import MatrixCurvature
-from sparserec.solvers import _front
+from sparserec.solvers import _front, _states
 from sparserec.solvers._supports import eliminate
 
 
@@ -25,17 +25,7 @@ def _init(
     mask = select.support(params, budget.counts, budget.groups)
     projection = _tree.keep(mask, params)
     value = objective.value(params, args)
-    one = jnp.ones((), value.dtype)
-    state = State(
-        params=params,
-        mask=_tree.ones_mask(params),
-        objective=value,
-        change=one,
-        stationarity=jnp.zeros_like(one),
-        damping=one * jnp.nan,
-        settled=jnp.bool_(False),
-        failure=jnp.int32(Status.RUNNING),
-    )
+    state = _states.begin(params, _tree.ones_mask(params), value)
     # An infinite loss: whatever the step finds is better than the fallback.
     return state, Incumbent(projection, mask, jnp.full_like(value, jnp.inf))
 
@@ -44,13 +34,12 @@ def _done(
     state: State, params: Params, mask: Mask, value: Scalar, failure: Int[Array, ""]
 ) -> State:
     """The state after the only step; the change is zero, as there is no other."""
-    return State(
+    return state._replace(
         params=params,
         mask=mask,
         objective=value,
         change=jnp.zeros_like(state.change),
-        stationarity=state.stationarity,
-        damping=state.damping,
+        stationarity=jnp.zeros_like(state.stationarity),
         settled=jnp.bool_(True),
         failure=failure,
     )

@@ -1,0 +1,71 @@
+"""What the states of all solvers have in common: how they begin, how they measure."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from sparserec import _tree
+from sparserec._run import State
+from sparserec._types import Mask, Params, Scalar, Status
+
+
+def begin(
+    params: Params,
+    mask: Mask,
+    objective: Scalar,
+    memory: Any = (),
+    *,
+    settled: bool = False,
+) -> State:
+    """The state before the first step: no change and no damping measured yet.
+
+    Args:
+      params: where the iteration starts.
+      mask: its support.
+      objective: loss there, shape `()`.
+      memory: what the solver carries along.
+      settled: whether the start obeys the budget.
+
+    Returns:
+      A running state.
+    """
+    one = jnp.ones((), objective.dtype)
+    return State(
+        params=params,
+        mask=mask,
+        objective=objective,
+        change=one,
+        stationarity=one,
+        damping=one * jnp.nan,
+        settled=jnp.bool_(settled),
+        failure=jnp.int32(Status.RUNNING),
+        memory=memory,
+    )
+
+
+def relative_change(params: Params, before: Params) -> Scalar:
+    """Norm of the change, relative to that of the new params."""
+    change = _tree.norm(_tree.sub(params, before))
+    tiny = jnp.finfo(change.dtype).tiny
+    return change / jnp.maximum(_tree.norm(params), tiny)
+
+
+def gradient_scale(largest: Scalar, gradient: Params, bend: Scalar) -> Scalar:
+    """The norm to which gradients on the support are compared.
+
+    The largest full gradient so far, not the first one: training ends where the
+    gradient vanishes, and only on leaving that point does it show its scale. Below
+    the floor it is rounding (all weights may stay).
+
+    Args:
+      largest: the scale so far; negative before the first step.
+      gradient: of the loss at the iterate.
+      bend: a curvature times the norm of the params, in units of gradient.
+
+    Returns:
+      A positive scalar.
+    """
+    info = jnp.finfo(largest.dtype)
+    floor = jnp.maximum(jnp.sqrt(info.eps) * bend, info.tiny)
+    now = jnp.maximum(_tree.norm(gradient), floor.astype(largest.dtype))
+    return jnp.maximum(largest, now.astype(largest.dtype))
