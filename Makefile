@@ -13,7 +13,7 @@ export OPENBLAS_NUM_THREADS := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all lint bench notebooks docs clean
 
 help: ## list the targets
 	@echo "make TARGET   (needs Python 3.11 or newer; PYTHON=... picks one for $(VENV))"
@@ -40,8 +40,12 @@ bench: $(VENV)/.test ## run every benchmark in benchmarks/
 	  $(BIN)/python -m "$$name" || exit 1; \
 	done
 
+docs: $(VENV)/.docs ## build the site into docs/_build/html; warnings are errors
+	@$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
+
 clean: ## remove the environment, caches and build products
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) build dist docs/_build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps below are newer than pyproject.toml when their extras are installed.
@@ -73,6 +77,9 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(call install,test)
+
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	$(call install,docs)
 
 # On top of the test tools, because pyright reads the tests as well.
 $(VENV)/.dev: $(VENV)/.test

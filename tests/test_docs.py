@@ -1,5 +1,6 @@
 """The pages: every block of Python runs, every relative link leads somewhere."""
 
+import inspect
 import operator
 import pathlib
 import re
@@ -14,7 +15,11 @@ mpl.use("Agg")
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    README,
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "how-to").glob("*.md")),
+]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
@@ -98,6 +103,22 @@ def test_every_page_and_picture_is_reached():
     }
     pictures = (ROOT / "docs" / "images").glob("*")
     assert {path.resolve() for path in [*PAGES[1:], *pictures]} <= linked
+
+
+def test_every_public_name_has_a_page_of_reference():
+    pages = (ROOT / "docs" / "api").glob("*.md")
+    documented = {
+        module
+        for page in pages
+        for module in re.findall(r"automodule:: ([\w.]+)", page.read_text("utf-8"))
+    }
+    public = {"sparserec"} | {
+        f"sparserec.{name}"
+        for name in sparserec.__all__
+        if inspect.ismodule(getattr(sparserec, name))
+    }
+    # A page lists what its module exports: all public names, if all modules are there.
+    assert documented == public
 
 
 def test_tests_and_functions_that_the_pages_name_exist():
