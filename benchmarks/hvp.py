@@ -11,7 +11,6 @@ ratio is above its target.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import statistics
@@ -28,6 +27,7 @@ import flax.linen as nn  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
+from benchmarks._output import save  # noqa: E402
 from sparserec import quadratic  # noqa: E402
 
 TARGET = 2.1  # forward over reverse: about one more gradient, and its memory traffic
@@ -98,19 +98,17 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
-    device = jax.devices()[0]
-    print(f"device: {device.device_kind}, jax {jax.__version__}")
-    results, met = {"device": device.device_kind, "jax": jax.__version__}, True
+    print(f"device: {jax.devices()[0].device_kind}, jax {jax.__version__}")
+    rows, met = [], True
     for name, network in {"dense": Dense(), "convolutional": Convolutional()}.items():
         times = measure(network, options.repeats)
-        results[name] = times
         for kind, milliseconds in times.items():
             ratio = milliseconds / times["gradient"]
+            rows.append([name, kind, round(milliseconds, 2), round(ratio, 2)])
             print(f"{name:14s} {kind:13s} {milliseconds:8.2f} ms  {ratio:5.2f} times")
             met = met and ratio <= TARGET
     print(f"target: at most {TARGET} times a gradient: {'met' if met else 'MISSED'}")
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    save(options.json, ["network", "product", "ms", "gradients"], rows)
     return 0 if met else 1
 
 

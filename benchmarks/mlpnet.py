@@ -15,7 +15,7 @@ x CG steps at one density and holds each against 90 %.
 import argparse
 import functools
 import itertools
-import json
+import math
 import os
 import pathlib
 import sys
@@ -35,10 +35,12 @@ import numpy as np  # noqa: E402
 import optax  # noqa: E402
 
 import sparserec  # noqa: E402
+from benchmarks._output import save  # noqa: E402
 
 LAYERS = ("fc1.weight", "fc2.weight", "fc3.weight")
 TRAINING_EXAMPLES = 60_000
-MINIBATCH, PASSES = 64, 2
+MINIBATCH = 64
+LEAST_STEPS = 4_000  # of descent: small data are visited more often, but twice at least
 RATE, STEADY = 4e-3, 0.7  # of Adam, and the share of the steps before it falls
 SECOND_MOMENT = 0.99  # its decay: weights come and go, so old scales soon mislead
 
@@ -64,6 +66,15 @@ GRID_EXAMPLES = (2_000, 4_000, 8_000, 16_000)
 GRID_STAGES = (16, 32, 64)
 GRID_CG_STEPS = (3, 5, 10, 20)
 GRID_FLOOR = Target(90.0, np.inf)
+COLUMNS = [
+    "density",
+    "data",
+    "CG steps",
+    "mean accuracy",
+    "lowest",
+    "CPU s",
+    "target",
+]
 
 
 class Data(NamedTuple):
@@ -117,7 +128,9 @@ def curvature(cg_steps: int) -> sparserec.quadratic.GaussNewton:
 def descent(examples: int, stages: int) -> sparserec.Descent:
     """Adam between the stages, its rate falling to zero over the last of them."""
     built = examples - examples // 10
-    steps = PASSES * (built // MINIBATCH) * stages
+    once = (built // MINIBATCH) * stages
+    passes = max(2, math.ceil(LEAST_STEPS / once))
+    steps = passes * once
     rate = optax.join_schedules(
         [
             optax.constant_schedule(RATE),
@@ -125,7 +138,7 @@ def descent(examples: int, stages: int) -> sparserec.Descent:
         ],
         [int(STEADY * steps)],
     )
-    return sparserec.Descent(optax.adam(rate, b2=SECOND_MOMENT), MINIBATCH, PASSES)
+    return sparserec.Descent(optax.adam(rate, b2=SECOND_MOMENT), MINIBATCH, passes)
 
 
 def prune(data: Data, case: argparse.Namespace, seed: int) -> sparserec.Solution:
@@ -185,8 +198,8 @@ def measure(data: Data, case: argparse.Namespace) -> dict:
     return results | {"accuracies": accuracies, "seconds": seconds}
 
 
-def verdict(result: dict, target: Target | None) -> bool:
-    """Prints the mean beside the target; whether it is met."""
+def verdict(result: dict, target: Target | None) -> tuple[bool, list]:
+    """Prints the mean beside the target; whether it is met, and the row to save."""
     mean = float(np.mean(result["accuracies"]))
     worst = min(result["accuracies"])
     slowest = float(np.median(result["seconds"]))
@@ -195,13 +208,23 @@ def verdict(result: dict, target: Target | None) -> bool:
         f"{result['stages']} stages, {result['cg_steps']} CG steps: "
         f"mean {mean:.2f} %, lowest {worst:.2f} %, {slowest:.1f} CPU s"
     )
+    kind = "fixed" if result["fixed"] else "fresh"
+    row = [
+        f"{100 * result['density']:g} %",
+        f"{result['stages']} stages x {result['examples']:,} {kind}",
+        result["cg_steps"],
+        round(mean, 2),
+        round(worst, 2),
+        round(slowest, 1),
+    ]
     if target is None:
-        return True
+        return True, [*row, ""]
     met = mean >= target.accuracy and slowest <= target.seconds
     met = met and worst >= target.accuracy - 1
     limit = f" in {target.seconds:g} CPU s" if np.isfinite(target.seconds) else ""
-    print(f"target: {target.accuracy:g} %{limit}: {'met' if met else 'MISSED'}")
-    return met
+    text = f"{target.accuracy:g} %{limit}: {'met' if met else 'MISSED'}"
+    print(f"target: {text}")
+    return met, [*row, text]
 
 
 def arguments() -> argparse.Namespace:
@@ -233,16 +256,17 @@ def main() -> int:
             )
             for n, s, c in itertools.product(GRID_EXAMPLES, GRID_STAGES, GRID_CG_STEPS)
         ]
-    met, results = [], []
+    met, results, rows = [], [], []
     for cell in cells:
         results.append(measure(data, cell))
         budget = cell.examples * (1 if cell.fixed else cell.stages)
         target = TARGETS.get((cell.density, budget, cell.fixed))
         if cell.method == "magnitude":
             target = None
-        met.append(verdict(results[-1], GRID_FLOOR if case.grid else target))
-        if case.json:
-            case.json.write_text(json.dumps(results, indent=2) + "\n")
+        good, row = verdict(results[-1], GRID_FLOOR if case.grid else target)
+        met.append(good)
+        rows.append(row)
+        save(case.json, COLUMNS, rows, results=results)
     return 0 if all(met) else 1
 
 

@@ -9,7 +9,6 @@ reported. The exit status is 1 where ours is slower than a rival or takes more t
 """
 
 import argparse
-import json
 import pathlib
 import sys
 import time
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from benchmarks._output import save
 from sparserec import select
 
 LIMIT = 8.0  # passes over the data
@@ -115,21 +115,25 @@ def main():
         print(f"{name:28s} {t * 1e3:9.2f} {busy * 1e3:13.2f} {t / ours:11.2f}")
     print(f"ours / one pass: {passes:.2f} (limit {LIMIT:g})")
     print(f"fastest rival / ours: {min(rivals.values()) / ours:.2f} (limit 1)")
-    if options.json:
-        report = {
-            "benchmark": "top_k",
-            "device": device.device_kind,
-            "jax": jax.__version__,
-            "size": options.size,
-            "k": k,
-            "repeats": options.repeats,
-            "exact": exact,
-            "seconds": seconds,
-            "passes": passes,
-            "limit": LIMIT,
-            "good": good,
-        }
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    save(
+        options.json,
+        ["method", "wall ms", "processor ms", "times ours"],
+        [
+            [
+                name,
+                round(t * 1e3, 1),
+                round(seconds[name]["processor"] * 1e3, 1),
+                round(t / ours, 2),
+            ]
+            for name, t in medians.items()
+        ],
+        size=options.size,
+        k=k,
+        exact=exact,
+        seconds=seconds,
+        passes=passes,
+        limit=LIMIT,
+    )
     return 0 if good else 1
 
 

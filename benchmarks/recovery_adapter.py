@@ -1,0 +1,64 @@
+"""Our side of the comparison of sparse-regression solvers, one call a problem.
+
+The harness imports this file in an environment with sparserec and calls
+`VARIANTS[name](x, y, k, loss)` with NumPy arrays in double precision; the answer is
+the coefficient vector. Everything is inside the timed call: the conversion to single
+precision, the transfer, the search. Name it to the harness by a JSON file in
+`$EXTRA_PEERS`:
+
+    {"sparserec": {
+        "python": ".venv/bin/python",
+        "module": "benchmarks.recovery_adapter",
+        "path": ".",
+        "variants": {"l0cd": ["linear"], "l0cd_quick": ["linear"]}
+    }}
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparserec import _tree, quadratic
+from sparserec.solvers.l0cd import l0cd
+
+LAST: dict[str, int] = {}
+
+
+def model_of(x: np.ndarray, y: np.ndarray) -> quadratic.QuadraticModel:
+    """Least squares from rows alone: a Gram matrix would cost more than the search."""
+    design = jnp.asarray(x, jnp.float32)
+    response = jnp.asarray(y, jnp.float32)
+    center = jnp.zeros(design.shape[1], jnp.float32)
+    slope, energy = _correlations(design, response)
+    curvature = quadratic.LowRank(
+        design, jnp.zeros((), jnp.float32), None, _tree.layout(center)
+    )
+    return quadratic.QuadraticModel(center, energy, slope, curvature)
+
+
+@jax.jit
+def _correlations(design, response):
+    return -(response @ design), jnp.vdot(response, response) / 2
+
+
+def _solve(x, y, k: int, effort: float) -> np.ndarray:
+    model = model_of(x, y)
+    solution = l0cd(model, model.center, k, effort=effort)
+    LAST["status"] = int(solution.status)
+    return np.asarray(solution.params, np.float64)
+
+
+def search(x, y, k, loss):
+    """The defaults: as much search as the problem asks for."""
+    del loss
+    return _solve(x, y, k, 1.0)
+
+
+def quick(x, y, k, loss):
+    """One pursuit and exchanges until none improves."""
+    del loss
+    return _solve(x, y, k, 0.0)
+
+
+VARIANTS = {"l0cd": search, "l0cd_quick": quick}
+LOSSES: dict[str, set[str]] = {}
