@@ -1,0 +1,177 @@
+r"""Backsolve: the exact minimiser on a support by the push-through form.
+
+With $b_Q = g_Q + X_Q^\top u_0$ the gradient at the masked center, the step on the
+support is
+
+$$\delta_Q = -(X_Q^\top X_Q + \rho I)^{-1} b_Q
+           = -X_Q^\top (X_Q X_Q^\top + \rho I)^{-1} (h + u_0)
+  \quad\text{for}\quad g = X^\top h,$$
+
+one m by m factorisation whatever the size of the support, and nothing that cancels as
+$\rho$ falls. The part of $g$ that no $h$ gives is added by Woodbury's formula.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sparserec import _linsolve
+from sparserec._linsolve import matmul
+from sparserec._types import Scalar
+from sparserec.solvers._chita_rows import Point, RowProblem, kernel
+
+_ALIGNED = 1e-3
+"""Relative rest of the gradient below which the mean row is taken to explain it."""
+
+_REFINEMENTS = 2  # of a delicate solve: each costs four passes over the rows
+_DELICATE = 1e-2  # ridge relative to the mean of the kernel, below which it is one
+
+
+class Split(NamedTuple):
+    r"""The gradient as $X^\top h$ and a rest.
+
+    Attributes:
+      dual: $h$, shape `(m,)`.
+      rest: $g - X^\top h$, shape `(n,)`.
+    """
+
+    dual: Float[Array, "m"]
+    rest: Float[Array, "n"]
+
+
+def split_gradient(problem: RowProblem) -> Split:
+    r"""Writes the gradient as a combination of rows, as far as it is one.
+
+    Rows that are gradients of examples have it as their mean. Other rows (least
+    squares, sampled labels) take a few conjugate gradients on $XX^\top h = Xg$.
+    """
+    rows, gradient = problem.rows, problem.gradient
+    mean = matmul(jnp.ones(rows.shape[0], rows.dtype), rows)
+    norm = jnp.vdot(mean, mean)
+    share = jnp.vdot(mean, gradient) / jnp.where(norm > 0, norm, 1)
+    rest = gradient - share * mean
+    aligned = jnp.linalg.norm(rest) <= _ALIGNED * jnp.linalg.norm(gradient)
+
+    def search() -> Split:
+        solved = _linsolve.conjugate_gradients(
+            lambda v: matmul(rows, matmul(v, rows)),
+            matmul(rows, gradient),
+            jnp.ones(rows.shape[0], bool),
+            damping=jnp.zeros((), rows.dtype),
+            tol=float(jnp.finfo(rows.dtype).eps) ** 0.75,
+            max_steps=30,
+        )
+        return Split(solved.value, gradient - matmul(solved.value, rows))
+
+    flat = jnp.full(rows.shape[0], share, rows.dtype)
+    return jax.lax.cond(aligned, lambda: Split(flat, rest), search)
+
+
+def positive_ridge(ridge: Scalar, gram: Float[Array, "m m"]) -> Scalar:
+    """The ridge, raised to what keeps the factorisation of a kernel from breaking."""
+    m = gram.shape[0]
+    noise = 4 * jnp.finfo(gram.dtype).eps * jnp.trace(gram) / m
+    floor = jnp.maximum(ridge, noise)
+    return jnp.where(floor > 0, floor, 1)
+
+
+def solve_with(
+    problem: RowProblem,
+    mask: Bool[Array, "n"],
+    factor: Float[Array, "m m"],
+    shift: Scalar,
+    split: Split,
+    start: Float[Array, "m"],
+) -> Float[Array, "n"]:
+    """The step on a support, given a Cholesky factor of the shifted kernel.
+
+    `start` is the product of the rows with the step to the masked center.
+    """
+    rest = jnp.where(mask, split.rest, 0) / shift
+    right = split.dual + start - matmul(problem.rows, rest)
+    inner = _linsolve.cholesky_solve(factor, right)
+    return jnp.where(mask, -matmul(inner, problem.rows) - rest, 0)
+
+
+def _refine(
+    problem: RowProblem,
+    factor: Float[Array, "m m"],
+    shift: Scalar,
+    point: Point,
+) -> Point:
+    """One step of iterative refinement, taken where it lowers the value."""
+    step = point.params - problem.center
+    slope = jnp.where(point.mask, problem.slope(step, point.product), 0)
+    inner = _linsolve.cholesky_solve(factor, matmul(problem.rows, slope))
+    move = jnp.where(point.mask, (matmul(inner, problem.rows) - slope) / shift, 0)
+    product = matmul(problem.rows, move)
+    # The length that is exact along this direction: rounding in the direction then
+    # costs nothing.
+    bend = jnp.vdot(product, product) + problem.ridge * jnp.vdot(move, move)
+    length = -jnp.vdot(slope, move) / jnp.where(bend > 0, bend, 1)
+    length = jnp.where(bend > 0, length, 0)
+    return _moved(problem, point, length * move, length * product)
+
+
+def _moved(
+    problem: RowProblem, point: Point, move: Float[Array, "n"], product: Array
+) -> Point:
+    after = point.product + product
+    params = point.params + move
+    value = problem.at(params - problem.center, after)
+    moved = Point(params, point.mask, after, value)
+    down = value <= point.value
+    return jax.tree.map(lambda x, y: jnp.where(down, x, y), moved, point)
+
+
+def masked_center(problem: RowProblem, mask: Bool[Array, "n"]) -> Point:
+    """The center with everything off the mask set to zero."""
+    params = jnp.where(mask, problem.center, 0)
+    step = params - problem.center
+    product = matmul(problem.rows, step)
+    return Point(params, mask, product, problem.at(step, product))
+
+
+def backsolve(
+    problem: RowProblem,
+    mask: Bool[Array, "n"],
+    split: Split,
+    gram: Float[Array, "m m"] | None = None,
+) -> tuple[Point, Int[Array, ""]]:
+    r"""The minimiser of the model on a support.
+
+    Args:
+      problem: the model.
+      mask: its support $Q$.
+      split: from `split_gradient`.
+      gram: $X_Q X_Q^\top$ where it is known.
+
+    Returns:
+      The point, and the status of the solve; where the factorisation failed the
+      point is the masked center.
+    """
+    gram = kernel(problem.rows, mask) if gram is None else gram
+    shift = positive_ridge(problem.ridge, gram)
+    identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
+    factor = _linsolve.cholesky(gram + shift * identity)
+    start = masked_center(problem, mask)
+    step = solve_with(problem, mask, factor, shift, split, start.product)
+    succeeded = jnp.all(jnp.isfinite(factor))
+    status = _linsolve.direct_status(succeeded, step)
+    usable = _linsolve.usable(status)
+    step = jnp.where(usable, step, 0)
+    params = start.params + step
+    product = start.product + matmul(problem.rows, step)
+    value = problem.at(params - problem.center, product)
+    point = Point(params, mask, product, value)
+    mean = jnp.trace(gram) / gram.shape[0]
+    delicate = usable & (problem.ridge < _DELICATE * mean)
+    point = jax.lax.fori_loop(
+        0,
+        jnp.where(delicate, _REFINEMENTS, 0),
+        lambda _, at: _refine(problem, factor, shift, at),
+        point,
+    )
+    return point, status

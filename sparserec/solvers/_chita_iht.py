@@ -1,0 +1,310 @@
+r"""Active-set IHT on a row problem.
+
+While the support stays, $F$ along the path $T_k(\beta - \tau D)$ is one quadratic,
+whose minimiser is exact; where that minimiser lies beyond the first change of the
+support, several lengths beyond it are tried in one pass over the rows.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from sparserec._linsolve import matmul
+from sparserec._types import Scalar
+from sparserec.budget import Budget
+from sparserec.solvers._chita_rows import (
+    AllColumns,
+    Columns,
+    Point,
+    RowProblem,
+    group_of_entries,
+    largest,
+    point_at,
+    with_columns,
+)
+
+_TRIALS = 5  # lengths beyond the first change of the support, tried at once
+_REACH = 64.0  # the shortest of them is at least the exact length over this
+_FIRST_LENGTHS = (0.0, 0.5, 1.0, 2.0)  # of the thresholded step, over the exact one
+_ROOM = 1.5  # size of the active set relative to the support
+_ROUNDS = 3  # active sets, at most
+
+
+class _State(NamedTuple):
+    point: Point
+    slope: Array  # gradient on the active set, zero elsewhere
+    direction: Array  # zero off the support
+    norm: Scalar  # squared norm of the gradient on the support, when last used
+    stable: Bool[Array, ""]  # whether the last step left the support as it was
+    steps: Int[Array, ""]
+    gained: Scalar  # by all steps so far, the scale of the tolerance
+    done: Bool[Array, ""]
+
+
+def first_change(
+    point: Point,
+    slope: Float[Array, "n"],
+    direction: Float[Array, "n"],
+    active: Bool[Array, "n"],
+    group: np.ndarray,
+    groups: int,
+) -> Scalar:
+    r"""The length at which the support of $T_k(\beta - \tau D)$ first changes.
+
+    A kept entry falls to $|\beta_i| - s_i \tau |D_i|$ with
+    $s_i = \mathrm{sign}(\beta_i D_i)$ while the largest entry left out rises to
+    $\tau m$; they meet at $|\beta_i| / (m + s_i |D_i|)$.
+    """
+    outside = active & ~point.mask
+    rising = jnp.where(outside, jnp.abs(slope), -jnp.inf)
+    # One more segment for entries that are never pruned.
+    segment = jnp.asarray(np.where(group < 0, groups, group))
+    highest = jax.ops.segment_max(rising, segment, groups + 1)[segment]
+    magnitude = jnp.abs(point.params)
+    closing = highest + jnp.sign(point.params) * direction
+    meets = point.mask & jnp.asarray(group >= 0) & (closing > 0)
+    lengths = jnp.where(meets, magnitude / jnp.where(meets, closing, 1), jnp.inf)
+    return jnp.min(lengths)
+
+
+def _step(
+    problem: RowProblem,
+    budget: Budget,
+    columns: Columns | AllColumns,
+    active: Bool[Array, "n"],
+    origin: Float[Array, "m"],
+    tol: Scalar,
+    state: _State,
+) -> _State:
+    group = group_of_entries(budget, problem.layout)
+    point = state.point
+    inside = jnp.where(point.mask, state.slope, 0)
+    norm = jnp.vdot(inside, inside)
+    # Conjugate directions while the support stays; they start over when it changes.
+    memory = jnp.where(state.stable & (state.norm > 0), norm / state.norm, 0)
+    direction = inside + memory * jnp.where(point.mask, state.direction, 0)
+    descent = jnp.vdot(inside, direction)
+    downhill = descent > 0
+    direction = jnp.where(downhill, direction, inside)
+    descent = jnp.where(downhill, descent, norm)
+    product = columns.times(direction)
+    bend = jnp.vdot(product, product) + problem.ridge * jnp.vdot(direction, direction)
+    exact = descent / jnp.where(bend > 0, bend, 1)
+    change = first_change(
+        point, state.slope, direction, active, group, len(budget.sizes)
+    )
+
+    def stay() -> tuple[Point, Bool[Array, ""]]:
+        params = point.params - exact * direction
+        after = point.product - exact * product
+        value = problem.at(params - problem.center, after)
+        return Point(params, point.mask, after, value), jnp.bool_(True)
+
+    def go_beyond() -> tuple[Point, Bool[Array, ""]]:
+        longer = jnp.where(point.mask, direction, state.slope)
+        return _best_beyond(
+            problem, budget, columns, active, origin, point, longer, exact, change
+        )
+
+    moved, stable = jax.lax.cond((exact < change) & (bend > 0), stay, go_beyond)
+    lower = moved.value < point.value
+    gain = jnp.where(lower, point.value - moved.value, 0)
+    gained = state.gained + gain
+    after = jax.tree.map(lambda x, y: jnp.where(lower, x, y), moved, point)
+    ridge_term = problem.ridge * (after.params - problem.center)
+    slope = (
+        problem.gradient
+        + ridge_term
+        + columns.transposed_times(after.product, problem.gradient)
+    )
+    return _State(
+        point=after,
+        slope=jnp.where(active, slope, 0),
+        direction=direction,
+        norm=norm,
+        stable=stable & lower,
+        steps=state.steps + 1,
+        # A conjugate direction that fails is followed by the gradient itself.
+        gained=gained,
+        done=(gain <= tol * gained) & ((memory == 0) | lower),
+    )
+
+
+def _best_beyond(
+    problem: RowProblem,
+    budget: Budget,
+    columns: Columns | AllColumns,
+    active: Bool[Array, "n"],
+    origin: Float[Array, "m"],
+    point: Point,
+    direction: Float[Array, "n"],
+    exact: Scalar,
+    change: Scalar,
+) -> tuple[Point, Bool[Array, ""]]:
+    """The best of several lengths beyond the first change of the support."""
+    last = jnp.where(exact > 0, 2 * exact, jnp.where(jnp.isfinite(change), change, 1))
+    first = jnp.clip(change, last / (2 * _REACH), last)
+    share = jnp.linspace(0, 1, _TRIALS, dtype=first.dtype)
+    lengths = first * (last / first) ** share
+
+    def cut(length: Scalar) -> tuple[Array, Array]:
+        moved = jnp.where(active, point.params - length * direction, 0)
+        mask = largest(moved, budget, problem.layout)
+        return jnp.where(mask, moved, 0), mask
+
+    trials, masks = jax.vmap(cut)(lengths)
+    products = columns.times(trials.T) - origin[:, None]
+    values = jax.vmap(problem.at, in_axes=(0, 1))(
+        trials - problem.center[None, :], products
+    )
+    best = jnp.argmin(jnp.where(jnp.isnan(values), jnp.inf, values))
+    found = Point(trials[best], masks[best], products[:, best], values[best])
+    return found, jnp.all(found.mask == point.mask)
+
+
+class Search(NamedTuple):
+    """What an IHT run ends with.
+
+    Attributes:
+      point: the best point.
+      steps: steps taken in all, shape `()`.
+      converged: whether the last step gained less than the tolerance, shape `()`.
+    """
+
+    point: Point
+    steps: Int[Array, ""]
+    converged: Bool[Array, ""]
+
+
+def first_point(problem: RowProblem, budget: Budget, start: Array) -> Point:
+    """The projection of a start onto the budget."""
+    mask = largest(start, budget, problem.layout)
+    return point_at(problem, jnp.where(mask, start, 0), mask)
+
+
+def thresholded_step(problem: RowProblem, budget: Budget, start: Array) -> Point:
+    r"""The best of the projection of a start and of gradient steps from it.
+
+    One pass for the gradient, one for its bend, one for all lengths together.
+    """
+    step = start - problem.center
+    # Trained weights are mostly the center itself, where the gradient is known.
+    slope = jax.lax.cond(
+        jnp.any(step != 0),
+        lambda: problem.slope(step, matmul(problem.rows, step)),
+        lambda: problem.gradient,
+    )
+    inside = jnp.where(largest(start, budget, problem.layout), slope, 0)
+    bend = matmul(problem.rows, inside)
+    norm = jnp.vdot(inside, inside)
+    stiffness = jnp.vdot(bend, bend) + problem.ridge * norm
+    exact = norm / jnp.where(stiffness > 0, stiffness, 1)
+    lengths = exact * jnp.asarray(_FIRST_LENGTHS, exact.dtype)
+
+    def cut(length: Scalar) -> tuple[Array, Array]:
+        moved = start - length * slope
+        mask = largest(moved, budget, problem.layout)
+        return jnp.where(mask, moved, 0), mask
+
+    trials, masks = jax.vmap(cut)(lengths)
+    steps = trials - problem.center[None, :]
+    products = matmul(problem.rows, steps.T)
+    values = jax.vmap(problem.at, in_axes=(0, 1))(steps, products)
+    best = jnp.argmin(jnp.where(jnp.isnan(values), jnp.inf, values))
+    return Point(trials[best], masks[best], products[:, best], values[best])
+
+
+class _Round(NamedTuple):
+    point: Point
+    steps: Int[Array, ""]
+    rounds: Int[Array, ""]
+    gained: Scalar
+    converged: Bool[Array, ""]
+    done: Bool[Array, ""]
+
+
+def _active_set(
+    problem: RowProblem, budget: Budget, point: Point, slope: Float[Array, "n"]
+) -> Bool[Array, "n"]:
+    """The support, and the entries that a gradient step brings close to it."""
+    inside = jnp.where(point.mask, slope, 0)
+    bend = matmul(problem.rows, inside)
+    norm = jnp.vdot(inside, inside)
+    stiffness = jnp.vdot(bend, bend) + problem.ridge * norm
+    length = norm / jnp.where(stiffness > 0, stiffness, 1)
+    moved = jnp.abs(point.params - length * slope)
+    # The support first: nothing may compete with it for a place.
+    top = jnp.max(jnp.where(jnp.isfinite(moved), moved, 0)) + 1
+    scores = jnp.where(point.mask, top, moved)
+    sizes = jnp.asarray(budget.sizes, jnp.int32)
+    # In this order no count overflows: an int32 would, from 1.4e9 weights on.
+    room = jnp.ceil(budget.counts.astype(jnp.float32) * (_ROOM - 1)).astype(jnp.int32)
+    wider = Budget(
+        budget.counts + jnp.minimum(room, sizes - budget.counts),
+        budget.groups,
+        budget.sizes,
+    )
+    return largest(scores, wider, problem.layout)
+
+
+def search(
+    problem: RowProblem,
+    budget: Budget,
+    point: Point,
+    *,
+    tol: Scalar,
+    max_steps: Int[Array, ""] | int,
+) -> Search:
+    """IHT from a sparse point until a step gains less than `tol`, relative.
+
+    Every round gathers the columns of an active set, steps there, and then looks
+    whether a gradient step on all columns would bring in others.
+    """
+    # What the entries outside an active set, all zero, contribute.
+    origin = matmul(problem.rows, problem.center)
+
+    def one_round(before: _Round) -> _Round:
+        slope = problem.slope(
+            before.point.params - problem.center, before.point.product
+        )
+        active = _active_set(problem, budget, before.point, slope)
+
+        def run(columns: Columns | AllColumns) -> _State:
+            zero = jnp.zeros_like(slope)
+            start = _State(
+                point=before.point,
+                slope=jnp.where(active, slope, 0),
+                direction=zero,
+                norm=jnp.zeros((), slope.dtype),
+                stable=jnp.bool_(False),
+                steps=before.steps,
+                gained=before.gained,
+                done=jnp.bool_(False),
+            )
+            return jax.lax.while_loop(
+                lambda state: ~state.done & (state.steps < max_steps),
+                lambda state: _step(
+                    problem, budget, columns, active, origin, tol, state
+                ),
+                start,
+            )
+
+        end = with_columns(problem.rows, active, run)
+        little = end.gained - before.gained <= tol * end.gained
+        rounds = before.rounds + 1
+        over = (end.steps >= max_steps) | (rounds >= _ROUNDS) | little
+        return _Round(end.point, end.steps, rounds, end.gained, end.done, over)
+
+    start = _Round(
+        point=point,
+        steps=jnp.int32(0),
+        rounds=jnp.int32(0),
+        gained=jnp.zeros_like(point.value),
+        converged=jnp.bool_(False),
+        done=jnp.asarray(max_steps) < 1,
+    )
+    end = jax.lax.while_loop(lambda state: ~state.done, one_round, start)
+    return Search(end.point, end.steps, end.converged)

@@ -1,0 +1,232 @@
+"""CHITA as a step of the one loop: a model, a budget, a variant, a judge."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sparserec import _linsolve, _tree, select
+from sparserec._run import Incumbent, State
+from sparserec._types import Params, Scalar, Status
+from sparserec.budget import Budget
+from sparserec.quadratic import Objective, QuadraticModel
+from sparserec.solvers._chita_types import Found
+from sparserec.solvers._chita_variants import VARIANTS
+from sparserec.solvers._examples import divide
+from sparserec.solvers._schedule import budget_at
+
+StageSchedule = (
+    Literal["exp", "poly", "linear", "const", "mfac"]
+    | Callable[[Int[Array, ""]], Array]
+)
+SCHEDULES = ("exp", "poly", "linear", "const", "mfac", "geometric")
+
+_FALL = 2 / 3
+"""Share of the stages in which `"geometric"` falls; the others refine at the end."""
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The static choices of a stage; see `chita`."""
+
+    variant: str = "best"
+    stages: int = 1
+    schedule: StageSchedule = "exp"
+    start_density: float = 0.9
+    held_out: float = 0.0
+
+
+class Limits(NamedTuple):
+    """The traced choices of a stage; see `chita`.
+
+    Attributes:
+      ridges: candidates, shape `(l,)`.
+      exchanges: rounds of exchanges, shape `()`.
+      tol: of the steps within a stage, shape `()`.
+      max_steps: IHT steps or passes within a stage, shape `()`.
+    """
+
+    ridges: Float[Array, "l"]
+    exchanges: Int[Array, ""]
+    tol: Scalar
+    max_steps: Int[Array, ""]
+
+
+def stage_budget(options: Options, budget: Budget, index: Int[Array, ""]) -> Budget:
+    r"""How many weights a stage keeps.
+
+    With $s = 1 - k/n$ the share pruned in the end, $b$ that of the first stage,
+    f stages and $t = 0, \dots, f - 1$, the share pruned after stage t is
+
+    - exp: $b + (s-b)\,(1-2^{-t})/(1-2^{-(f-1)})$, halving what is left to prune;
+    - poly: $s + (b-s)\,(1-t/(f-1))^3$;
+    - linear: $b + (s-b)\,t/(f-1)$;
+    - const: $s$;
+    - mfac: $1 - (1-b)\,q^{t+1}$ with $q^f = (1-s)/(1-b)$;
+    - geometric: $1 - (1-s)^{\min(1, 3(t+1)/2f)}$: a constant fraction goes at every
+      stage, and the last third refines at the final budget.
+
+    Args:
+      options: schedule, number of stages, density after the first one.
+      budget: the final budget, which the last stage has exactly.
+      index: number of the stage, from zero, traced.
+
+    Returns:
+      A budget between the final one and all weights.
+    """
+    if callable(options.schedule):
+        return budget_at(options.schedule, budget, index, options.stages)
+    last = options.stages - 1
+    if last == 0 or options.schedule == "const":
+        return budget
+    sizes = jnp.maximum(jnp.asarray(budget.sizes, jnp.float32), 1)
+    target = budget.counts.astype(jnp.float32) / sizes
+    first = jnp.maximum(jnp.asarray(options.start_density, jnp.float32), target)
+    time = index.astype(jnp.float32)
+    share = time / last
+    if options.schedule == "exp":
+        density = first + (target - first) * (1 - 2.0**-time) / (1 - 2.0**-last)
+    elif options.schedule == "poly":
+        density = target + (first - target) * (1 - share) ** 3
+    elif options.schedule == "linear":
+        density = first + (target - first) * share
+    elif options.schedule == "geometric":
+        fallen = jnp.minimum((time + 1) / max(round(_FALL * options.stages), 1), 1)
+        density = jnp.maximum(target, 1 / sizes) ** fallen
+    else:
+        ratio = jnp.maximum(target, 1 / sizes) / jnp.maximum(first, 1 / sizes)
+        density = first * ratio ** ((time + 1) / options.stages)
+    counts = jnp.round(density * sizes).astype(jnp.int32)
+    counts = jnp.clip(counts, budget.counts, jnp.asarray(budget.sizes, jnp.int32))
+    # The end is exact whatever float32 makes of it.
+    counts = jnp.where((index >= last) | (density <= target), budget.counts, counts)
+    return dataclasses.replace(budget, counts=counts)
+
+
+def init(
+    objective: Objective, params: Params, budget: Budget, args: tuple
+) -> tuple[State, Incumbent]:
+    mask = select.support(params, budget.counts, budget.groups)
+    value = objective.value(params, args)
+    one = jnp.ones((), value.dtype)
+    state = State(
+        params=params,
+        mask=_tree.ones_mask(params),
+        objective=value,
+        change=one,
+        stationarity=jnp.zeros_like(one),
+        damping=one * jnp.nan,
+        settled=jnp.bool_(False),
+        failure=jnp.int32(Status.RUNNING),
+    )
+    # An infinite loss: whatever a stage finds is better than the fallback.
+    fallback = Incumbent(_tree.keep(mask, params), mask, jnp.full_like(value, jnp.inf))
+    return state, fallback
+
+
+def _local_model(objective: Objective, params: Params, args: tuple) -> QuadraticModel:
+    """The model to prune: a given one as it is, with its own center."""
+    if isinstance(objective.loss_fn, QuadraticModel):
+        return objective.loss_fn
+    if objective.on_host:
+        # The builder bounds its own memory; products over chunks are no rows.
+        return objective.curvature(objective.loss_fn, params, args)
+    return objective.model(params, args)
+
+
+@functools.partial(jax.jit, static_argnames="options")
+def _candidates(
+    options: Options,
+    model: QuadraticModel,
+    params: Params,
+    budget: Budget,
+    ridges: Float[Array, "l"],
+    exchanges: Int[Array, ""],
+    tol: Scalar,
+    max_steps: Int[Array, ""],
+) -> Found:
+    return VARIANTS[options.variant](
+        model, params, budget, ridges, exchanges, tol, max_steps
+    )
+
+
+def step(
+    objective: Objective,
+    options: Options,
+    limits: Limits,
+    state: State,
+    budget: Budget,
+    args: tuple,
+    index: Int[Array, ""],
+) -> State:
+    examples = divide(args, options.held_out)
+    model = _local_model(objective, state.params, examples.build)
+    now = stage_budget(options, budget, index)
+    dtype = _tree.dtype(state.params)
+    ridges = limits.ridges.astype(dtype)
+    found = _candidates(
+        options,
+        model,
+        state.params,
+        now,
+        ridges,
+        limits.exchanges,
+        limits.tol.astype(dtype),
+        limits.max_steps,
+    )
+
+    def judge(i: int) -> Scalar:
+        params = jax.tree.map(lambda x: x[i], found.params)
+        if objective.is_quadratic:
+            return _with_ridge(model, params, ridges[i])
+        return objective.value(params, examples.judge)
+
+    values = jnp.stack([judge(i) for i in range(ridges.size)])
+    best = jnp.argmin(jnp.where(jnp.isnan(values), jnp.inf, values))
+    chosen = jax.tree.map(lambda x: x[best], found)
+    value = values[best]
+    if examples.judge is not examples.build:
+        value = objective.value(chosen.params, args)
+    return _next_state(options, state, chosen, value, ridges[best], now, budget)
+
+
+def _with_ridge(model: QuadraticModel, params: Params, ridge: Scalar) -> Scalar:
+    distance = _tree.sub(params, model.center)
+    half = jnp.asarray(0.5, ridge.dtype)
+    return model(params) + half * ridge * _tree.dot(distance, distance).astype(
+        ridge.dtype
+    )
+
+
+def _next_state(
+    options: Options,
+    state: State,
+    found: Found,
+    value: Scalar,
+    ridge: Scalar,
+    now: Budget,
+    budget: Budget,
+) -> State:
+    change = _tree.norm(_tree.sub(found.params, state.params))
+    change = change / jnp.maximum(
+        _tree.norm(found.params), jnp.finfo(change.dtype).tiny
+    )
+    if options.stages == 1:
+        # The only step: it has converged where what it did inside has.
+        change = jnp.where(found.converged, 0, 1).astype(change.dtype)
+    failed = ~_linsolve.usable(found.status)
+    return State(
+        params=_tree.cast_like(found.params, state.params),
+        mask=found.mask,
+        objective=value,
+        change=change,
+        stationarity=state.stationarity,
+        damping=ridge.astype(state.damping.dtype),
+        settled=jnp.all(now.counts == budget.counts),
+        failure=jnp.where(failed, found.status, int(Status.RUNNING)).astype(jnp.int32),
+    )

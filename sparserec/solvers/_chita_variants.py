@@ -1,0 +1,301 @@
+"""The variants of CHITA: how one model becomes a sparse point, for every ridge."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sparserec import _linsolve, _tree, select
+from sparserec._linsolve import matmul
+from sparserec._types import Mask, Params, Scalar, Status
+from sparserec.budget import Budget
+from sparserec.quadratic import LowRank, QuadraticModel
+from sparserec.quadratic._gradient_curvature import GradientRows
+from sparserec.solvers import (
+    _chita_descent,
+    _chita_exchange,
+    _chita_iht,
+    _row_baselines,
+)
+from sparserec.solvers._chita_backsolve import backsolve, split_gradient
+from sparserec.solvers._chita_rows import (
+    Point,
+    RowProblem,
+    better,
+    kernel,
+    row_problem,
+)
+from sparserec.solvers._chita_types import Found
+
+
+class _Answer(NamedTuple):
+    params: Float[Array, "n"]
+    mask: Bool[Array, "n"]
+    converged: Bool[Array, ""]
+    status: Int[Array, ""]
+
+
+def _answer(point: Point, converged: Array | bool = True) -> _Answer:
+    return _Answer(
+        point.params,
+        point.mask,
+        jnp.asarray(converged),
+        jnp.int32(Status.CONVERGED),
+    )
+
+
+def compressed(problem: RowProblem) -> RowProblem:
+    """The same model with at most as many rows as weights; static shapes decide."""
+    m, n = problem.rows.shape
+    if m <= n:
+        return problem
+    values, vectors = _linsolve.eigh(matmul(problem.rows.T, problem.rows))
+    roots = jnp.sqrt(jnp.maximum(values, 0))
+    return dataclasses.replace(problem, rows=roots[:, None] * vectors.T)
+
+
+def _with(problem: RowProblem, ridge: Scalar) -> RowProblem:
+    return dataclasses.replace(problem, ridge=problem.ridge + ridge)
+
+
+def _middle(ridges: Float[Array, "l"]) -> Scalar:
+    return ridges[ridges.shape[0] // 2]
+
+
+def _each(solve: Callable[[Scalar], _Answer], ridges: Float[Array, "l"]) -> _Answer:
+    if ridges.shape[0] == 1:
+        return jax.tree.map(lambda x: x[None], solve(ridges[0]))
+    return jax.lax.map(solve, ridges)
+
+
+def _iht(problem, start, budget, ridges, exchanges, tol, max_steps) -> _Answer:
+    del exchanges
+
+    def solve(ridge: Scalar) -> _Answer:
+        ridged = _with(problem, ridge)
+        first = _chita_iht.first_point(ridged, budget, start)
+        end = _chita_iht.search(ridged, budget, first, tol=tol, max_steps=max_steps)
+        return _answer(end.point, end.converged)
+
+    return _each(solve, ridges)
+
+
+def _descent(
+    problem, start, budget, ridges, exchanges, tol, max_steps, *, cyclic
+) -> _Answer:
+    del exchanges
+
+    def solve(ridge: Scalar) -> _Answer:
+        ridged = _with(problem, ridge)
+        first = _chita_iht.thresholded_step(ridged, budget, start)
+        end = _chita_descent.descend(
+            ridged, first, cyclic=cyclic, tol=tol, max_passes=max_steps
+        )
+        return _answer(end.point, end.converged)
+
+    return _each(solve, ridges)
+
+
+def _solved(problem, mask, split, ridges, converged: Array | bool = True) -> _Answer:
+    """Backsolves on one support for every ridge; they share its kernel."""
+    gram = kernel(problem.rows, mask)
+
+    def solve(ridge: Scalar) -> _Answer:
+        point, status = backsolve(_with(problem, ridge), mask, split, gram)
+        return _answer(point, converged)._replace(status=status)
+
+    return _each(solve, ridges)
+
+
+def _backsolve(problem, start, budget, ridges, exchanges, tol, max_steps) -> _Answer:
+    del exchanges, tol, max_steps
+    ridged = _with(problem, _middle(ridges))
+    mask = _chita_iht.thresholded_step(ridged, budget, start).mask
+    return _solved(problem, mask, split_gradient(problem), ridges)
+
+
+def _best(problem, start, budget, ridges, exchanges, tol, max_steps) -> _Answer:
+    """IHT and one thresholded step each choose a support; the better is polished."""
+    ridged = _with(problem, _middle(ridges))
+    split = split_gradient(problem)
+    one = _chita_iht.thresholded_step(ridged, budget, start)
+    many = _chita_iht.search(ridged, budget, one, tol=tol, max_steps=max_steps)
+    # One program for both: compiling is most of the time of a small problem.
+    points, _ = jax.lax.map(
+        lambda mask: backsolve(ridged, mask, split),
+        jnp.stack([one.mask, many.point.mask]),
+    )
+    chosen = better(*(jax.tree.map(lambda x, i=i: x[i], points) for i in range(2)))
+    chosen, done = _chita_exchange.polish(
+        ridged, budget, chosen, split, rounds=exchanges
+    )
+    done |= exchanges < 1
+    if ridges.shape[0] == 1:
+        answer = _answer(chosen, done)
+        return jax.tree.map(lambda x: x[None], answer)
+    return _solved(problem, chosen.mask, split, ridges, done)
+
+
+def _surgeon(
+    model: QuadraticModel,
+    params: Params,
+    budget: Budget,
+    ridges: Float[Array, "l"],
+    exchanges: Int[Array, ""],
+    tol: Scalar,
+    max_steps: Int[Array, ""],
+) -> Found:
+    """The combinatorial brain surgeon: OBS saliencies, exchanges, one joint update.
+
+    The gradient is taken to be zero.
+
+    Source: Yu, Serra, Ramalingam & Zhe (2022): greedy selection and local exchange.
+    """
+    del tol, max_steps
+    ridge = _middle(ridges)
+    mask, _ = _row_baselines.saliency_support(model, params, budget, ridge)
+    flat = dataclasses.replace(model, gradient=_tree.zeros_like(model.gradient))
+    if not isinstance(model.curvature, LowRank):
+        return refit(flat, params, mask, ridges)
+    problem = compressed(row_problem(flat))
+    split = split_gradient(problem)
+    ridged = _with(problem, ridge)
+    point, _ = backsolve(ridged, _tree.flatten(mask), split)
+    point, done = _chita_exchange.polish(ridged, budget, point, split, rounds=exchanges)
+    answer = _solved(problem, point.mask, split, ridges, done | (exchanges < 1))
+    return _found(problem, answer)
+
+
+def _found(problem: RowProblem, answer: _Answer) -> Found:
+    split = jax.vmap(problem.layout.split)
+    return Found(
+        split(answer.params), split(answer.mask), answer.converged, answer.status
+    )
+
+
+def _on_rows(solve: Callable[..., _Answer]) -> Callable[..., Found]:
+    """A variant on flat rows as one on models and pytrees."""
+
+    def variant(
+        model: QuadraticModel,
+        params: Params,
+        budget: Budget,
+        ridges: Float[Array, "l"],
+        exchanges: Int[Array, ""],
+        tol: Scalar,
+        max_steps: Int[Array, ""],
+    ) -> Found:
+        problem = compressed(row_problem(model))
+        dtype = problem.rows.dtype
+        start = _tree.flatten(params).astype(dtype)
+        answer = solve(
+            problem,
+            start,
+            budget,
+            ridges.astype(dtype),
+            exchanges,
+            tol.astype(dtype),
+            max_steps,
+        )
+        return _found(problem, answer)
+
+    return variant
+
+
+def _steps_by_gradient(
+    model: QuadraticModel, params: Params, budget: Budget, ridge: Scalar
+) -> list[tuple[Params, Mask]]:
+    """Projections of the params and of gradient steps from them."""
+    slope = model.at(params).gradient
+    mask = select.support(params, budget.counts, budget.groups)
+    inside = _tree.keep(mask, slope)
+    norm = _tree.dot(inside, inside)
+    bend = _tree.dot(inside, model.curvature.matvec(inside)) + ridge * norm
+    length = norm / jnp.where(bend > 0, bend, 1)
+    points = [_tree.add_scaled(params, -x * length, slope) for x in (0, 0.5, 1.0, 2.0)]
+    masks = [select.support(x, budget.counts, budget.groups) for x in points]
+    return [(_tree.keep(m, x), m) for m, x in zip(masks, points, strict=True)]
+
+
+def solve_on_support(
+    model: QuadraticModel,
+    params: Params,
+    budget: Budget,
+    ridges: Float[Array, "l"],
+    exchanges: Int[Array, ""],
+    tol: Scalar,
+    max_steps: Int[Array, ""],
+) -> Found:
+    """Backsolve for curvatures that are no rows: blocks, products of layers.
+
+    The support is that of the best of a few thresholded gradient steps.
+    """
+    del exchanges, tol, max_steps
+    trials = _steps_by_gradient(model, params, budget, _middle(ridges))
+    best = jnp.argmin(jnp.stack([model(x) for x, _ in trials]))
+    mask = jax.tree.map(lambda *xs: jnp.stack(xs)[best], *[m for _, m in trials])
+
+    return refit(model, params, mask, ridges)
+
+
+def refit(
+    model: QuadraticModel, params: Params, mask: Mask, ridges: Float[Array, "l"]
+) -> Found:
+    """The minimiser on one support for every ridge, by the curvature's own solve."""
+
+    def solve(ridge: Scalar) -> Found:
+        masked = _tree.keep(mask, params)
+        distance = _tree.sub(masked, model.center)
+        pull = _tree.add_scaled(model.curvature.matvec(distance), ridge, distance)
+        slope = _tree.keep(mask, _tree.add(model.gradient, pull))
+        solved = model.curvature.solve_on(mask, slope, ridge)
+        usable = _linsolve.usable(solved.status)
+        refitted = _tree.where(usable, _tree.sub(masked, solved.value), masked)
+        return Found(refitted, mask, jnp.bool_(True), solved.status)
+
+    answers = [solve(ridge) for ridge in ridges]
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *answers)
+
+
+_ROWS: dict[str, Callable[..., Found]] = {
+    "iht": _on_rows(_iht),
+    "cd": _on_rows(functools.partial(_descent, cyclic=False)),
+    "cyclic": _on_rows(functools.partial(_descent, cyclic=True)),
+    "bso": _on_rows(_backsolve),
+    "best": _on_rows(_best),
+}
+
+
+def _dispatch(name: str) -> Callable[..., Found]:
+    def variant(model: QuadraticModel, *rest: Any) -> Found:
+        curvature = model.curvature
+        if name not in ("bso", "best") and isinstance(curvature, GradientRows):
+            curvature = curvature.to_low_rank()
+        if isinstance(curvature, LowRank):
+            model = dataclasses.replace(model, curvature=curvature)
+            return _ROWS[name](model, *rest)
+        if name not in ("bso", "best"):
+            raise ValueError(
+                f"`variant={name!r}` visits rows one by one and needs a `LowRank` "
+                f"curvature; this is a {type(curvature).__name__}. Use "
+                "`variant='bso'`, or `sparserec.quadratic.fisher(...)` without "
+                "`blocks`."
+            )
+        return solve_on_support(model, *rest)
+
+    return variant
+
+
+VARIANTS: dict[str, Callable[..., Found]] = {
+    **{name: _dispatch(name) for name in _ROWS},
+    "magnitude": _row_baselines.magnitude,
+    "obs": _row_baselines.independent_obs,
+    "cbs": _surgeon,
+}
+
+NEEDS = {"obs": ("inverse_diagonal",), "cbs": ("inverse_diagonal",)}
+"""Operations beyond the basic ones that a variant needs of the curvature."""
