@@ -1,5 +1,6 @@
 """Quadratic models of a loss and the curvatures they are made of."""
 
+from sparserec.quadratic._block_rows import BlockLowRank
 from sparserec.quadratic._builders import (
     block_diagonal,
     dense,
@@ -8,6 +9,8 @@ from sparserec.quadratic._builders import (
     low_rank,
 )
 from sparserec.quadratic._explicit import BlockDiagonal, Dense, Diagonal, LowRank
+from sparserec.quadratic._fisher import Fisher, fisher
+from sparserec.quadratic._gradient_curvature import GradientRows
 from sparserec.quadratic._matrix_free import (
     CurvatureFn,
     GaussNewton,
@@ -23,11 +26,14 @@ from sparserec.quadratic._objective import Objective, make_objective
 
 __all__ = [
     "BlockDiagonal",
+    "BlockLowRank",
     "Curvature",
     "CurvatureFn",
     "Dense",
     "Diagonal",
+    "Fisher",
     "GaussNewton",
+    "GradientRows",
     "Hessian",
     "LowRank",
     "MatrixFree",
@@ -36,6 +42,7 @@ __all__ = [
     "block_diagonal",
     "dense",
     "diagonal",
+    "fisher",
     "gauss_newton",
     "hessian",
     "least_squares",

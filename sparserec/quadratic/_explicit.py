@@ -5,7 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from sparserec import _linsolve, _tree
 from sparserec._linsolve import LinearSolve, matmul
@@ -70,6 +70,11 @@ class Dense:
         """Diagonal of $H$, shaped like the params."""
         return _shaped(jnp.diagonal(self.matrix), self.layout)
 
+    def columns(self, index: Int[Array, "s"]) -> Float[Array, "n s"]:
+        """Columns of $H$ at flat indices, shape `(n, s)`."""
+        # Rows of a symmetric matrix: contiguous.
+        return self.matrix[index].T
+
     def solve_on(self, mask: Mask, rhs: Params, damping: Scalar) -> LinearSolve:
         """Exact solve on the support, zero off it."""
         return _solve_in_matrix(self.matrix, mask, rhs, damping)
@@ -111,6 +116,13 @@ class Diagonal:
     def diagonal(self) -> Params:
         """Diagonal of $H$, shaped like the params."""
         return self.entries
+
+    def columns(self, index: Int[Array, "s"]) -> Float[Array, "n s"]:
+        """Columns of $H$ at flat indices, shape `(n, s)`."""
+        flat = _tree.flatten(self.entries)
+        slots = jnp.arange(index.shape[0])
+        zeros = jnp.zeros((flat.shape[0], index.shape[0]), flat.dtype)
+        return zeros.at[index, slots].set(flat[index])
 
     def solve_on(self, mask: Mask, rhs: Params, damping: Scalar) -> LinearSolve:
         """Exact solve on the support, zero off it."""
@@ -169,6 +181,15 @@ class BlockDiagonal:
     def diagonal(self) -> Params:
         """Diagonal of $H$, shaped like the params."""
         return self._unpadded(jnp.diagonal(self.blocks, axis1=1, axis2=2))
+
+    def columns(self, index: Int[Array, "s"]) -> Float[Array, "n s"]:
+        """Columns of $H$ at flat indices, shape `(n, s)`."""
+        count, width, _ = self.blocks.shape
+        block, place = jnp.divmod(index, width)
+        slots = jnp.arange(index.shape[0])
+        folded = jnp.zeros((index.shape[0], count, width), self.blocks.dtype)
+        folded = folded.at[slots, block].set(self.blocks[block, place])
+        return folded.reshape(index.shape[0], -1)[:, : self._size].T
 
     @property
     def _size(self) -> int:
@@ -236,6 +257,16 @@ class LowRank:
     def diagonal(self) -> Params:
         """Diagonal of $H$, shaped like the params."""
         return _shaped(jnp.sum(jnp.square(self.rows), axis=0) + self.ridge, self.layout)
+
+    def columns(self, index: Int[Array, "s"]) -> Float[Array, "n s"]:
+        """Columns of $H$ at flat indices, shape `(n, s)`: one pass over the rows."""
+        # Rows times the matrix is the fast order for XLA on CPU.
+        if self.gram is None:
+            found = matmul(self.rows[:, index].T, self.rows)
+        else:
+            found = self.gram[index]
+        slots = jnp.arange(index.shape[0])
+        return found.at[slots, index].add(self.ridge).T
 
     def solve_on(self, mask: Mask, rhs: Params, damping: Scalar) -> LinearSolve:
         """Solve on the support, zero off it."""

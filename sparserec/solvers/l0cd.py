@@ -1,0 +1,387 @@
+"""L0 coordinate descent with exact swap search, and the certificate of its answers."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.tree_util import Partial
+from jaxtyping import Array, Int, Key
+
+from sparserec import _tree
+from sparserec._run import Solver
+from sparserec._solution import Solution
+from sparserec._types import LossFn, Params, Prunable, Scalar
+from sparserec.budget import make_budget, matrices, prunable_leaves
+from sparserec.quadratic import (
+    CurvatureFn,
+    Objective,
+    QuadraticModel,
+    hessian,
+    make_objective,
+)
+from sparserec.solvers import _front, _l0cd_steps
+from sparserec.solvers._columns import make_problem
+from sparserec.solvers._coordinate import ORDERS
+from sparserec.solvers._l0cd_steps import Options, Weights, problem_value
+from sparserec.solvers._search import START_NAMES
+from sparserec.solvers._starts import slots_of
+from sparserec.solvers._swaps import best_move, factorise
+from sparserec.solvers._swaps import objective as refitted_value
+
+_SLOT_SIZES = (8, 12, 16, 24, 32, 48, 64, 96, 128)
+_TRACED_LIMIT = 512
+
+
+def l0cd_solver(objective: Objective, *, options: Options, weights: Weights) -> Solver:
+    """L0 coordinate descent as a `Solver`, for use with `run`.
+
+    Args:
+      objective: what to minimise, from `sparserec.quadratic.make_objective`.
+      options: static choices.
+      weights: of the penalties, and the key.
+
+    Returns:
+      The pair of init and step.
+    """
+    return Solver(
+        init=Partial(_l0cd_steps.init, objective, weights),
+        step=Partial(_l0cd_steps.step, objective, options, weights),
+    )
+
+
+def l0cd(
+    loss_fn: LossFn | QuadraticModel,
+    params: Params,
+    k: int | Array | Mapping[str, int | Array],
+    *,
+    args: tuple = (),
+    curvature: CurvatureFn = hessian,
+    penalty: Scalar | float = 0.0,
+    l2: Scalar | float = 0.0,
+    l1: Scalar | float = 0.0,
+    swaps: bool = True,
+    order: Literal["cyclic", "greedy"] = "cyclic",
+    starts: tuple[str, ...] | None = None,
+    effort: float = 1.0,
+    key: Key[Array, ""] | None = None,
+    max_kept: int | None = None,
+    prunable: Prunable = matrices,
+    tol: Scalar | float = 1e-6,
+    max_steps: int = 30,
+) -> Solution:
+    r"""Minimises a loss over k-sparse params by coordinate descent and exact swaps.
+
+    $$\min_w f(w) + \lambda_0\|w\|_0 + \lambda_1\|w\|_1 + \lambda_2\|w\|_2^2
+      \quad\text{subject to}\quad \|w\|_0 \le k$$
+
+    over the prunable weights ($\lambda_2$ counts all of them). With `swaps`, every
+    exchange of one weight is scored with full refit, in closed form, until none
+    lowers the objective; where the best of them is within the noise, further starts,
+    exchanges of two and a tabu search follow. On a quadratic model one step does all
+    of that. Other losses are modelled again at every step, and a new support is taken
+    only if it lowers the loss itself after a refit.
+
+    Args:
+      loss_fn: `loss_fn(params, *args) -> scalar`, or a `QuadraticModel` such as
+        `sparserec.quadratic.least_squares(X, y)`; static (pass the same function
+        object again and nothing recompiles).
+      params: where to start, any pytree of floating arrays. Zeros leave the start to
+        the solver; otherwise the k most important weights are the first support.
+      k: prunable weights to keep at most, an integer, or a mapping from leaf path to
+        count; traced.
+      args: data handed to the loss; traced.
+      curvature: builds the local model; see `sparserec.quadratic`. Ignored where
+        `loss_fn` is a model. One with `columns` is fastest, others give columns by
+        products with unit vectors.
+      penalty: $\lambda_0 \ge 0$, in units of loss per weight kept; traced. Where it
+        is not the number zero, coordinate descent finds the first support.
+      l2: $\lambda_2 \ge 0$, in units of curvature; traced.
+      l1: $\lambda_1 \ge 0$, in units of loss per unit of weight; traced. Where it is
+        not the number zero, exchanges leave the other weights as they are (there is
+        no closed form with refit), as in coordinate descent; quadratic models only.
+      swaps: exact swap search; `False` leaves coordinate descent and a refit, for
+        quadratic models. Static.
+      order: in which coordinate descent visits weights: `"cyclic"`, by decreasing
+        gradient, or `"greedy"`, each time where the objective falls most; static.
+      starts: names among `"htp"`, `"screening"`, `"forward"` and `"random"` (needs
+        `key`): a descent from each, run together; `None` for hard thresholding
+        pursuit, and what the problem asks for after it. Static.
+      effort: scales the length of the search beyond the first local optimum; 0 for
+        none. Static.
+      key: typed PRNG key for random starts; `None` for none.
+      max_kept: largest k of a sweep, which sets the shapes; a little above k if
+        `None`, so that neighboring k share a compilation. Static.
+      prunable: which leaves may be pruned; see `sparserec.matrices`. Other leaves are
+        refitted along with the support.
+      tol: relative change at which to stop on losses that are no quadratic model; the
+        relative gradient on the support must be below its square root too. Traced.
+      max_steps: largest number of models built; static.
+
+    Returns:
+      A `Solution` with at most k prunable weights, whose objective includes the
+      penalties. `CONVERGED` says that no exchange, addition or removal of one weight
+      lowers the objective of the (last) model; see `certificate`. Fewer than k are
+      kept where further ones would change nothing (columns that depend on those
+      kept). With `k=0` all are zero; ties go to the lowest index. If a NaN appears
+      on the way, the best finite iterate with status `NONFINITE`.
+
+    Raises:
+      TypeError: `k`, `params` or `key` of the wrong type.
+      ValueError: `k` or a weight out of range, unknown paths or options, a model with
+        NaN (says in which columns), a loss that is not a scalar or not finite at the
+        start, a traced `k` without `max_kept` on many weights.
+
+    Source: objectives and coordinate descent after Hazimeh & Mazumder (2020),
+    L0Learn; exact scores of exchanges from block inverses; pursuit of Foucart (2011);
+    tabu search of Glover (1989).
+    """
+    _check_choices(order, starts, effort, key)
+    for name, value in (("penalty", penalty), ("l1", l1), ("l2", l2)):
+        _check_weight(name, value)
+    lasso = not _is_zero(l1)
+    if isinstance(loss_fn, QuadraticModel):
+        _check_model(loss_fn)
+    elif lasso or not swaps:
+        raise ValueError(
+            "`l1` and `swaps=False` need a quadratic model, such as "
+            "`sparserec.quadratic.least_squares(X, y)`, in place of the loss."
+        )
+    chosen = prunable_leaves(params, prunable)
+    options = Options(
+        slots=_slots(params, k, chosen, max_kept),
+        swaps=swaps and not lasso,
+        lasso=lasso,
+        penalised=not _is_zero(penalty),
+        order=order,
+        starts=starts,
+        effort=float(effort),
+    )
+    wide = _tree.dtype(_tree.to_working_precision(params))
+    prices = [jnp.asarray(x, wide) for x in (penalty, l2, l1)]
+    weights = Weights(prices[0], prices[1], prices[2], key)
+    return _front.solve(
+        lambda objective, _: l0cd_solver(objective, options=options, weights=weights),
+        loss_fn,
+        params,
+        k,
+        args=args,
+        curvature=curvature,
+        prunable=prunable,
+        tol=tol,
+        max_steps=max_steps,
+    )
+
+
+class Certificate(NamedTuple):
+    """How far a solution is from its best neighbor.
+
+    Attributes:
+      gain: by how much the best exchange, addition or removal of one weight, with a
+        full refit, would lower the objective, shape `()`; negative where every one
+        raises it, minus infinity where there is none.
+      relative: the same as a share of the magnitude of the objective.
+      entering: flat index of the weight that it would bring in, int32; -1 if none.
+      leaving: flat index of the weight that it would take out, int32; -1 if none.
+      refit: by how much a refit on the same support would lower the objective.
+    """
+
+    gain: Scalar
+    relative: Scalar
+    entering: Int[Array, ""]
+    leaving: Int[Array, ""]
+    refit: Scalar
+
+
+def certificate(
+    loss_fn: LossFn | QuadraticModel,
+    solution: Solution,
+    k: int | Array | Mapping[str, int | Array] | None = None,
+    *,
+    args: tuple = (),
+    curvature: CurvatureFn = hessian,
+    penalty: Scalar | float = 0.0,
+    l2: Scalar | float = 0.0,
+    prunable: Prunable = matrices,
+) -> Certificate:
+    r"""The best that one exchange, addition or removal could still do.
+
+    Computed from nothing but the model and the support of the solution, whoever found
+    it. For a loss that is no quadratic model, it speaks of its local model at the
+    solution.
+
+    Args:
+      loss_fn: what was minimised: a loss, or a `QuadraticModel`.
+      solution: of any solver.
+      k: the budget; `None` for as many as the solution keeps.
+      args: data handed to the loss.
+      curvature: builds the local model.
+      penalty: $\lambda_0$, as in `l0cd`.
+      l2: $\lambda_2$, as in `l0cd`.
+      prunable: which leaves may be pruned.
+
+    Returns:
+      A `Certificate`. NaN where the curvature on the support is not positive
+      definite.
+
+    Raises:
+      TypeError: a traced solution.
+      ValueError: see `sparserec.l0cd`.
+    """
+    if isinstance(solution.status, Tracer):
+        raise TypeError(
+            "`certificate` sizes its arrays by the support, so it must be called "
+            "outside `jax.jit` and `jax.vmap`."
+        )
+    params = _tree.to_working_precision(solution.params)
+    flags = prunable_leaves(params, prunable)
+    kept = sum(
+        int(jnp.sum(m))
+        for m, c in zip(jax.tree.leaves(solution.mask), flags, strict=True)
+        if c
+    )
+    budget = make_budget(kept if k is None else k, params, prunable)
+    objective = make_objective(loss_fn, curvature)
+    fixed = sum(
+        x.size for x, c in zip(jax.tree.leaves(params), flags, strict=True) if not c
+    )
+    slots = _rounded(kept + fixed + 1, _tree.size(params))
+    wide = _tree.dtype(params)
+    return _certify(
+        objective,
+        params,
+        solution.mask,
+        budget,
+        args,
+        jnp.asarray(penalty, wide),
+        jnp.asarray(l2, wide),
+        slots=slots,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="slots")
+def _certify(objective, params, mask, budget, args, penalty, l2, *, slots: int):
+    model = objective.model(params, args)
+    problem = make_problem(model, budget, penalty=penalty, l2=l2)
+    flat = _tree.flatten(mask)
+    members = factorise(problem, *slots_of(flat, slots))
+    move = best_move(problem, members)
+    intact = jnp.all(members.inside == flat)
+    gain = jnp.where(intact, move.gain, jnp.nan)
+    value = refitted_value(problem, members)
+    own = problem_value(problem, model, params)
+    tiny = jnp.finfo(value.dtype).tiny
+    exists = jnp.isfinite(gain)
+    leaving = jnp.where(move.leaves & exists, members.index[move.slot], -1)
+    return Certificate(
+        gain=gain,
+        relative=gain / jnp.maximum(jnp.abs(value), tiny),
+        entering=jnp.where(move.enters & exists, move.column, -1),
+        leaving=leaving,
+        refit=own - value,
+    )
+
+
+def _rounded(count: int, limit: int) -> int:
+    """The next of a few sizes, so that neighboring counts share a compilation."""
+    for size in _SLOT_SIZES:
+        if size >= count:
+            return min(size, limit)
+    step = 64
+    return min(-(-count // step) * step, limit)
+
+
+def _slots(params: Params, k, chosen: tuple[bool, ...], max_kept: int | None) -> int:
+    """Places for members: those kept, those never pruned, and two for exchanges."""
+    leaves = jax.tree.leaves(params)
+    sizes = [x.size for x in leaves]
+    total = sum(sizes)
+    names = _tree.paths(params)
+    if isinstance(k, Mapping):
+        counts = [v for name, v in k.items() if name in names]
+        governed = [n in k and c for n, c in zip(names, chosen, strict=True)]
+    else:
+        counts, governed = [k], list(chosen)
+    free = sum(s for s, g in zip(sizes, governed, strict=True) if not g)
+    if max_kept is not None:
+        _front.check_positive_int("max_kept", max_kept)
+        concrete = [v for v in counts if isinstance(v, int | np.integer)]
+        if sum(concrete) > max_kept:
+            raise ValueError(
+                f"`max_kept={max_kept}` is below the number of weights to keep, "
+                f"{sum(concrete)}."
+            )
+        return min(max_kept + free + 2, total)
+    if any(isinstance(v, Tracer) for v in counts):
+        if total > _TRACED_LIMIT:
+            raise ValueError(
+                f"`k` is traced and there are {total} weights: give the largest k of "
+                "the sweep as `max_kept`, which sets the shapes."
+            )
+        return total
+    # What is no count is refused later, in the words that all solvers share.
+    known = [
+        int(v)
+        for v in counts
+        if isinstance(v, int | np.integer | jax.Array) and np.ndim(v) == 0
+    ]
+    return _rounded(max(sum(known), 0) + free + 2, total)
+
+
+def _is_zero(weight: object) -> bool:
+    return isinstance(weight, int | float) and weight == 0
+
+
+def _check_weight(name: str, value: Any) -> None:
+    if isinstance(value, Tracer):
+        return
+    if np.ndim(value) != 0 or not np.isfinite(value) or value < 0:
+        raise ValueError(
+            f"`{name}` must be a finite number of at least 0, got {value!r}."
+        )
+
+
+def _check_choices(order: str, starts, effort: float, key) -> None:
+    if order not in ORDERS:
+        raise ValueError(f"`order` must be one of {list(ORDERS)}, got {order!r}.")
+    if starts is not None:
+        unknown = [name for name in starts if name not in START_NAMES]
+        if isinstance(starts, str) or unknown or not starts:
+            raise ValueError(
+                f"`starts` must be a tuple of names among {list(START_NAMES)}, got "
+                f"{starts!r}."
+            )
+        if "random" in starts and key is None:
+            raise ValueError("`starts` with 'random' need `key=jax.random.key(...)`.")
+    if not isinstance(effort, int | float) or not 0 <= effort < float("inf"):
+        raise ValueError(f"`effort` must be a number of at least 0, got {effort!r}.")
+    dtype = getattr(key, "dtype", float)
+    if key is not None and not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise TypeError(f"`key` must be a typed key (`jax.random.key`), got {key!r}.")
+
+
+def _check_model(model: QuadraticModel) -> None:
+    """Refuses data with NaN or infinities, by column; traced models pass."""
+    leaves = jax.tree.leaves(model.gradient)
+    if any(isinstance(x, Tracer) for x in leaves):
+        return
+    if bool(_all_finite(model.gradient)):
+        return
+    bad = np.flatnonzero(~np.isfinite(np.asarray(_tree.flatten(model.gradient))))
+    size = _tree.size(model.gradient)
+    where = (
+        "in every column: look for NaN in the response (or in whole rows)"
+        if bad.size == size
+        else f"in {bad.size} of {size} columns, the first of them "
+        f"{bad[:10].tolist()}: look for NaN in these columns of the design"
+    )
+    raise ValueError(
+        f"the gradient of the model is NaN or infinite {where}. Drop or impute what "
+        "is missing, or scale what overflows."
+    )
+
+
+_all_finite = jax.jit(_tree.all_finite)
