@@ -6,16 +6,31 @@ may stay; a solver chooses the support and the values; the answer is a `Solution
 
 import importlib.metadata
 
-from sparserec import plot, problems, quadratic, select, structure, theory, training
+from sparserec import (
+    plot,
+    problems,
+    quadratic,
+    recovery,
+    saliency,
+    select,
+    structure,
+    theory,
+    training,
+)
+from sparserec._prune import prune
 from sparserec._report import report
 from sparserec._run import Incumbent, Solver, State, run
 from sparserec._solution import History, Solution, SolveError, check
 from sparserec._types import Status
 from sparserec.budget import Budget, keep, make_budget, matrices
 from sparserec.select import apply_mask
+from sparserec.solvers._chita_path import chita_path
 from sparserec.solvers._descent import Descent
+from sparserec.solvers.chita import chita
 from sparserec.solvers.iht import iht, iht_solver
 from sparserec.solvers.iobs import iobs
+from sparserec.solvers.l0cd import certificate, l0cd
+from sparserec.solvers.oba import oba
 from sparserec.solvers.one_shot import obd, obs
 
 __version__ = importlib.metadata.version("sparserec")
@@ -31,20 +46,28 @@ __all__ = [
     "State",
     "Status",
     "apply_mask",
+    "certificate",
     "check",
+    "chita",
+    "chita_path",
     "iht",
     "iht_solver",
     "iobs",
     "keep",
+    "l0cd",
     "make_budget",
     "matrices",
+    "oba",
     "obd",
     "obs",
     "plot",
     "problems",
+    "prune",
     "quadratic",
+    "recovery",
     "report",
     "run",
+    "saliency",
     "select",
     "structure",
     "theory",

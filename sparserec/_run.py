@@ -46,7 +46,13 @@ class State(NamedTuple):
 
 
 class Incumbent(NamedTuple):
-    """The best feasible point so far."""
+    """The best feasible point so far.
+
+    Attributes:
+      params: zero off the mask.
+      mask: its support.
+      objective: loss there, shape `()`; infinite where anything else is better.
+    """
 
     params: Params
     mask: Mask

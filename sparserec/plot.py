@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from sparserec import _tree
+from sparserec._plot_structure import structure
 from sparserec._report import report
 from sparserec._solution import Solution
 from sparserec._types import Params
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.lines import Line2D
 
-__all__ = ["convergence", "density", "mask", "tradeoff"]
+__all__ = ["convergence", "density", "mask", "structure", "tradeoff"]
 
 # Okabe & Ito (2008): told apart with any common color vision; black comes last.
 _COLORS = (

@@ -20,8 +20,9 @@ from jaxtyping import Array, Int, PyTree
 
 from sparserec import _tree
 from sparserec._top_k import INFINITY, Leaves, count_dtype, magnitude_codes, support_of
+from sparserec._within_cost import within_cost
 
-__all__ = ["apply_mask", "blocks", "n_m", "support", "top_k"]
+__all__ = ["apply_mask", "blocks", "n_m", "support", "top_k", "within_cost"]
 
 # Any: a float or a bool must reach our own message, not that of a type checker.
 _Count: TypeAlias = Any

@@ -8,9 +8,10 @@ import optax
 from jaxtyping import Array
 
 from sparserec import _tree
+from sparserec._recalibrate import recalibrate
 from sparserec._types import Mask, Params
 
-__all__ = ["KeepMaskState", "keep_mask"]
+__all__ = ["KeepMaskState", "keep_mask", "recalibrate"]
 
 
 class KeepMaskState(NamedTuple):

@@ -28,11 +28,11 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # rooms stand on top of the solvers, and only the entrance may enter them.
 FLOORS = (
     {"_types", "_tree", "_linsolve"},
-    {"_top_k", "select", "budget", "quadratic"},
+    {"_top_k", "_within_cost", "select", "budget", "quadratic"},
     {"_solution", "_run"},
     {"saliency", "solvers"},
-    {"_report", "structure", "training"},
-    {"plot", "problems", "theory"},
+    {"_prune", "_recalibrate", "_report", "recovery", "structure", "training"},
+    {"_plot_structure", "plot", "problems", "theory"},
     {"__init__", "__main__", "_demo"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -14,7 +14,9 @@ from sparserec.structure._apply import (
     shrink,
     unit_scores,
 )
+from sparserec.structure._gate_model import gate_model, gate_scores
 from sparserec.structure._groups import Frozen, Group, Groups, Member, groups
+from sparserec.structure._joint import joint
 from sparserec.structure._resize import check, resized
 from sparserec.structure._select import select, total_cost, unit_costs
 
@@ -25,7 +27,10 @@ __all__ = [
     "Member",
     "check",
     "gate",
+    "gate_model",
+    "gate_scores",
     "groups",
+    "joint",
     "keep_temperature",
     "mask",
     "ones",
