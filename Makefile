@@ -40,6 +40,9 @@ bench: $(VENV)/.test ## run every benchmark in benchmarks/
 	  $(BIN)/python -m "$$name" || exit 1; \
 	done
 
+notebooks: $(VENV)/.docs ## run the notebooks and write their outputs
+	@$(BIN)/python notebooks/_build.py
+
 docs: $(VENV)/.docs ## build the site into docs/_build/html; warnings are errors
 	@$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
 	@echo "Open docs/_build/html/index.html"

@@ -90,7 +90,7 @@ net = nn.Sequential(
     [
         nn.Conv(8, (3, 3), strides=2),
         nn.relu,
-        nn.Conv(16, (3, 3), strides=2),
+        nn.Conv(16, (3, 3)),
         nn.relu,
         lambda x: x.reshape(x.shape[0], -1),
         nn.Dense(32),
@@ -165,7 +165,7 @@ def by_iobs(k):
         schedule="down",
         stages=8,
         max_steps=8,
-        refinements=0,
+        refinements=1,
         **common,
     )
     return solution.params, solution.mask

@@ -432,13 +432,14 @@ for index, (step_size, (course, since, contraction)) in enumerate(courses.items(
         left.annotate(
             f"{step_size:g}",
             (len(course), course[-1]),
-            (3, 0) if step_size < 1 else (-8, -10),
+            (-6, -11),
             textcoords="offset points",
             color=color,
             fontsize="small",
         )
 left.set_xscale("log")
 left.set(xlabel="step $t$", ylabel=r"$\sqrt{f}$", title=r"Step sizes $\eta$")
+left.set_ylim(1e-10, 1e3)
 line = np.array([floors.min(), floors.max()])
 right.loglog(line, line, "k", label="the floor")
 right.loglog(floors.T, ends.T, ".", color="C0", markersize=4)
