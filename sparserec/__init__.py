@@ -29,7 +29,7 @@ from sparserec.solvers._descent import Descent
 from sparserec.solvers.chita import chita
 from sparserec.solvers.iht import iht, iht_solver
 from sparserec.solvers.iobs import iobs
-from sparserec.solvers.l0cd import certificate, l0cd
+from sparserec.solvers.l0cd import Certificate, certificate, l0cd
 from sparserec.solvers.oba import oba
 from sparserec.solvers.one_shot import obd, obs
 
@@ -37,6 +37,7 @@ __version__ = importlib.metadata.version("sparserec")
 
 __all__ = [
     "Budget",
+    "Certificate",
     "Descent",
     "History",
     "Incumbent",

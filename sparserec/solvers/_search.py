@@ -25,10 +25,10 @@ from sparserec.solvers._walk import walk
 
 START_NAMES = ("htp", "screening", "forward", "random")
 
-# In units of the noise: where the best exchange costs more than the first, supports
-# were right without exception on designs of all correlations; wrong ones had less
-# than half of the second.
-_SAFE, _UNSURE = 2.0, 1.0
+# In units of the noise: supports whose best exchange costs more than the second were
+# right without exception on designs of all correlations, and wrong ones had less than
+# 0.6 of it; between the two a short look is cheap.
+_SAFE, _UNSURE = 1.4, 1.0
 _SHORT = 64  # moves of the tabu search between the two
 _PATIENCE, _LIMIT = 8, 24  # moves for every slot below them
 _DESCENT = 20  # most moves of a descent for every slot

@@ -16,6 +16,7 @@ from sparserec._types import Mask, Params, Scalar
 from sparserec.budget import Budget
 from sparserec.quadratic import QuadraticModel
 from sparserec.quadratic._model import MatrixCurvature, StoredCurvature
+from sparserec.solvers._columns import group_of_entries
 
 EXACT_LIMIT = 16
 """Most weights for the exhaustive rule: 65,536 supports."""
@@ -72,7 +73,7 @@ def eliminate(
 
     Source: Hassibi & Stork (1993); Frantar & Alistarh (2022), OBC.
     """
-    group_of = _group_of_entries(budget, layout)
+    group_of = group_of_entries(budget, layout)
     start = Elimination(
         values=values,
         inverse=inverse,
@@ -173,7 +174,7 @@ def best_exchange(model: QuadraticModel, mask: Mask, budget: Budget) -> Mask:
     support = _tree.flatten(mask)
     weights = jnp.where(support, _tree.flatten(model.center), 0)
     gradient = _tree.flatten(model.gradient)
-    group_of = _group_of_entries(budget, layout)
+    group_of = group_of_entries(budget, layout)
     zero = jnp.zeros((), matrix.dtype)
     inverse, _ = _linsolve.inverse_positive(_linsolve.restrict(matrix, support, zero))
     inverse = jnp.where(support[:, None] & support[None, :], inverse, 0)
@@ -194,12 +195,6 @@ def best_exchange(model: QuadraticModel, mask: Mask, budget: Budget) -> Mask:
     better = jnp.min(change) < 0
     swapped = support.at[incoming].set(True).at[outgoing].set(False)
     return layout.split(jnp.where(better, swapped, support))
-
-
-def _group_of_entries(budget: Budget, layout: _tree.Layout) -> Int[Array, "n"]:
-    """Index of the budget group of every entry; -1 where it is never pruned."""
-    sizes = [math.prod(shape) for shape in layout.shapes]
-    return jnp.asarray(np.repeat(budget.groups, sizes), jnp.int32)
 
 
 def _damped(curvature: MatrixCurvature, damping: Scalar) -> Float[Array, "n n"]:

@@ -32,7 +32,7 @@ from sparserec.solvers._starts import slots_of
 from sparserec.solvers._swaps import best_move, factorise
 from sparserec.solvers._swaps import objective as refitted_value
 
-_SLOT_SIZES = (8, 12, 16, 24, 32, 48, 64, 96, 128)
+_SLOT_SIZES = (16, 24, 32, 48, 64, 96, 128)
 _TRACED_LIMIT = 512
 
 
