@@ -19,7 +19,7 @@ import os
 import pathlib
 import sys
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 for _name, _value in (
     ("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"),
@@ -82,7 +82,7 @@ def load(images: resnet.ImageSet, seed: int, test: int | None) -> Data:
 
 
 def _loss(rest, stats, params, images, labels):
-    logits = resnet.apply({**rest, **params}, stats, images)
+    logits: Any = resnet.apply({**rest, **params}, stats, images)
     return quadratic.softmax_cross_entropy(logits, labels)
 
 
@@ -222,7 +222,7 @@ def verdict(results: list[dict], targets: dict[float, Target]) -> bool:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--images", choices=("jpeg", "lossless"), default="jpeg")
     parser.add_argument(
         "--density", type=float, nargs="+", default=[0.5, 0.3, 0.2, 0.1]

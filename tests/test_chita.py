@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,9 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def instance(seed, rows=ROWS, weights=WEIGHTS, ridge=RIDGE, dtype=np.float64, slope=1):
+def instance(
+    seed, rows=ROWS, weights=WEIGHTS, ridge=RIDGE, dtype=np.float64, slope=1
+) -> tuple[Any, ...]:
     """Correlated rows, their mean as gradient, and weights of many sizes."""
     rng = np.random.default_rng(seed)
     mixing = rng.normal(size=(rows, rows)) * np.linspace(0.1, 2, rows)

@@ -11,6 +11,7 @@ from sparserec import _linsolve, _tree
 from sparserec._linsolve import LinearSolve, matmul
 from sparserec._types import Mask, Params, Scalar
 from sparserec.quadratic._model import StoredCurvature
+from sparserec.quadratic._push_through import push_through
 
 GRAM_LIMIT = 2048
 """Widest Gram matrix that `LowRank` keeps: 32 MB in float64, 3 Gflop a Cholesky."""
@@ -278,26 +279,13 @@ class LowRank:
     def _push_through(self, mask: Mask, rhs: Params, shift: Scalar) -> LinearSolve:
         support = _tree.flatten(mask)
         live = jnp.where(support, self.rows, 0)
-        kernel = matmul(live, live.T)
-        mean = jnp.trace(kernel) / live.shape[1]
-        # Below this floor the small system would lose the digits that CG restores.
-        floor = jnp.maximum(shift, mean * jnp.finfo(live.dtype).eps ** 0.5)
-        safe = jnp.where(floor > 0, floor, 1)
-        identity = jnp.eye(live.shape[0], dtype=live.dtype)
-        factor = _linsolve.cholesky(kernel + safe * identity)
-
-        def precondition(residual: Array) -> Array:
-            inner = _linsolve.cholesky_solve(factor, matmul(live, residual))
-            return (residual - matmul(inner, live)) / safe
-
-        solved = _linsolve.conjugate_gradients(
-            lambda v: matmul(matmul(live, v), live),
-            _tree.flatten(rhs).astype(live.dtype),
+        solved = push_through(
+            lambda v: matmul(live, v),
+            lambda u: matmul(u, live),
+            matmul(live, live.T),
+            _tree.flatten(rhs),
             support,
-            damping=shift,
-            tol=float(jnp.finfo(live.dtype).eps) ** 0.75,
-            max_steps=20,
-            precondition=precondition,
+            shift,
         )
         return LinearSolve(_shaped_like(solved.value, rhs), solved.status)
 

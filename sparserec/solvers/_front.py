@@ -51,6 +51,9 @@ def solve(
         batches = functools.lru_cache(maxsize=1)(batches)
     check_positive_int("max_steps", max_steps)
     first = check_data(args, batches, batch_size)
+    look = getattr(curvature, "check", None)
+    if look and jax.tree.leaves(first) and not isinstance(loss_fn, QuadraticModel):
+        look(loss_fn, params, first)
     if batches is not None and not callable(batches):
         max_steps = min(max_steps, len(jax.tree.leaves(batches)[0]))
     objective = make_objective(loss_fn, curvature, batch_size)

@@ -146,8 +146,8 @@ def chita(
     if callable(batches):
         batches = functools.lru_cache(maxsize=1)(batches)
     builder = Fisher() if curvature is None else curvature
-    if not isinstance(loss_fn, QuadraticModel):
-        batch_size = _check_builder(builder, loss_fn, params, args, batches, batch_size)
+    if batch_size is None and getattr(builder, "on_host", False):
+        batch_size = _HOST_CHUNK
     options = Options(variant, stages, schedule, float(start_density), float(held_out))
     limits = Limits(
         ridges,
@@ -182,24 +182,6 @@ def check_ridges(ridge: Ridge) -> Array:
     if not isinstance(ridges, Tracer) and not bool(jnp.all(ridges >= 0)):
         raise ValueError(f"`ridge` must be at least 0, got {ridge!r}.")
     return ridges
-
-
-def _check_builder(
-    builder: CurvatureFn,
-    loss_fn: LossFn,
-    params: Params,
-    args: tuple,
-    batches: Callable[[int], tuple] | tuple | None,
-    batch_size: int | None,
-) -> int | None:
-    """Lets the builder look at the values; the chunk size of the loss."""
-    first = _front.check_data(args, batches, batch_size)
-    check = getattr(builder, "check", None)
-    if check is not None and jax.tree.leaves(first):
-        check(loss_fn, params, first)
-    if batch_size is None and getattr(builder, "on_host", False):
-        return _HOST_CHUNK
-    return batch_size
 
 
 def _check_choices(

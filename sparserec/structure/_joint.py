@@ -21,7 +21,7 @@ from sparserec.structure._eliminate import units_of
 from sparserec.structure._gate_model import GateCurvature, gate_model
 from sparserec.structure._groups import Groups, complete, cost_terms
 from sparserec.structure._proposals import (
-    DAMPINGS,
+    SHRINKAGES,
     Candidate,
     Gates,
     GateSolver,
@@ -30,6 +30,7 @@ from sparserec.structure._proposals import (
     polished,
     proposals,
     refit,
+    shrunk,
 )
 from sparserec.structure._select import _allowed_counts as allowed_counts
 
@@ -52,8 +53,8 @@ def _stage(
         batch_size=problem.batch_size,
     )
     tried = [
-        Candidate(values, damping, problem.loss(values, parts.judge))
-        for values, damping in proposals(problem, model, budget)
+        Candidate(values, shrinkage, problem.loss(values, parts.judge))
+        for values, shrinkage in proposals(problem, model, budget)
     ]
     # Infinite losses come last, NaN after them.
     best = min(tried, key=lambda each: (np.isnan(each.loss), each.loss))
@@ -61,7 +62,7 @@ def _stage(
         values = polished(problem, model, best)
         loss = problem.loss(values, parts.judge)
         if loss < best.loss:
-            best = Candidate(values, best.damping, loss)
+            best = Candidate(values, best.shrinkage, loss)
     return best
 
 
@@ -78,14 +79,13 @@ def _refined(
         gates=best.gates,
         batch_size=problem.batch_size,
     )
-    center, gradient, matrix, scale = arrays(problem.units, model)
-    for damping in DAMPINGS:
-        damped = matrix + damping * scale * np.eye(problem.units.size)
-        flat = refit(damped, gradient, center, center != 0)
+    center, gradient, matrix = arrays(problem.units, model)
+    for shrinkage in SHRINKAGES:
+        flat = refit(shrunk(matrix, shrinkage), gradient, center, center != 0)
         values = problem.units.split(flat)
         loss = problem.loss(values, parts.judge)
         if loss < best.loss:
-            best = Candidate(values, damping, loss)
+            best = Candidate(values, shrinkage, loss)
     return best
 
 
@@ -134,7 +134,7 @@ def joint(
     refinements: int = 2,
     curvature: GateCurvature = "fisher",
     probes: int | None = None,
-    held_out: float = 0.25,
+    held_out: float = 0.0,
     repair: Callable[[Any], Any] | None = None,
     solver: GateSolver | None = None,
     min_keep: int | Mapping[str, int] = 1,
@@ -148,9 +148,10 @@ def joint(
 
     The budget falls geometrically. Every stage builds a `gate_model` at the present
     gates and removes units from it one by one, each time that of least rise per cost
-    saved with all others refitted; prices follow the widths of the neighbors. Several
-    dampings compete with each other, with the choice by `gate_scores`, and with gates
-    left as they are; the true loss of held-out examples decides.
+    saved with all others refitted; prices follow the widths of the neighbors. Matrices
+    drawn more or less towards their diagonal compete with each other, with the choice
+    by `gate_scores`, with the largest weights, and with gates left as they are; the
+    true loss decides.
 
     Args:
       loss_fn: `loss_fn(params, *args) -> scalar`, a mean over examples; an example
@@ -168,7 +169,7 @@ def joint(
       curvature: see `gate_model`.
       probes: see `gate_model`.
       held_out: share of the examples that decide and build nothing; with 0, all do
-        both.
+        both, which is safe as long as few proposals compete.
       repair: from params with units gated to params of the same structure, for what
         must follow the removal without being a gate, such as batch statistics. It is
         called for every proposal before its loss is taken, and after every stage; call
@@ -185,7 +186,8 @@ def joint(
       `(units,)`. `gate(params, groups, solution.params)` folds the gates into the
       weights, and `solution.mask` is the choice that `shrink` and `resized` take.
       The objective is the loss of the examples that decided last; the history has an
-      entry for every stage, with relative dampings. Status `CONVERGED`, or `NONFINITE`
+      entry for every stage, with the weight of
+      the diagonal as its damping. Status `CONVERGED`, or `NONFINITE`
       where no proposal of a stage had a finite loss. If the budget allows everything,
       all gates stay open.
 
@@ -256,7 +258,7 @@ def _descend(
         data = draw(stage)
         best = _stage(problem, best.gates, data, held_out, allowance)
         kept = sum(int((m != 0).sum()) for m in best.gates.values())
-        past.append((best.loss, np.nan, kept, best.damping))
+        past.append((best.loss, np.nan, kept, best.shrinkage))
         if not np.isfinite(best.loss):
             status = Status.NONFINITE
             break

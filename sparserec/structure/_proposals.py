@@ -21,8 +21,10 @@ from sparserec.structure._gate_model import gate_scores
 from sparserec.structure._groups import Groups
 from sparserec.structure._select import Cost, select
 
-DAMPINGS = (0.01, 0.1, 1.0)
-"""Relative dampings that compete: from trust in the model to hardly any refit."""
+SHRINKAGES = (0.1, 0.5, 0.9)
+"""Weights of the diagonal that compete: from all units together to each by itself."""
+
+_RIDGE = 1e-3  # of the mean curvature, for units that no example has moved
 
 GateSolver = Callable[..., Solution]
 """`solver(model, start, k) -> Solution`, such as `sparserec.iobs`."""
@@ -68,22 +70,32 @@ class Problem(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """Gates with the relative damping they come from and their true loss."""
+    """Gates with the shrinkage they come from and their true loss."""
 
     gates: Gates
-    damping: float
+    shrinkage: float
     loss: float
 
 
 def arrays(
     units: Units, model: QuadraticModel
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """Center, gradient, matrix and mean curvature of a gate model, in float64."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Center, gradient and matrix of a gate model, in float64."""
     center = np.asarray(units.flat(model.center), np.float64)
     gradient = np.asarray(units.flat(model.gradient), np.float64)
     rows = np.asarray(_rows(model), np.float64)
-    matrix = rows.T @ rows
-    return center, gradient, matrix, float(np.mean(np.diag(matrix))) or 1.0
+    return center, gradient, rows.T @ rows
+
+
+def shrunk(matrix: np.ndarray, shrinkage: float) -> np.ndarray:
+    """The matrix drawn towards its diagonal, and definite.
+
+    With fewer rows than units what is off the diagonal is mostly noise, and the
+    matrix is singular: units would seem free because others make up for them.
+    """
+    diagonal = np.diag(matrix)
+    ridge = _RIDGE * (float(np.mean(diagonal)) or 1.0)
+    return (1 - shrinkage) * matrix + np.diag(shrinkage * diagonal + ridge)
 
 
 def _rows(model: QuadraticModel) -> Array:
@@ -94,38 +106,37 @@ def _rows(model: QuadraticModel) -> Array:
 def proposals(
     problem: Problem, model: QuadraticModel, budget: float
 ) -> list[tuple[Gates, float]]:
-    """Gates within the budget, with the relative damping they come from."""
+    """Gates within the budget, with the shrinkage they come from."""
     units = problem.units
-    center, gradient, matrix, scale = arrays(units, model)
+    center, gradient, matrix = arrays(units, model)
     alive = {n: m != 0 for n, m in units.split(center).items()}
     found = []
 
-    def add(keep: Mapping[str, np.ndarray], values: np.ndarray, damping: float) -> None:
+    def add(keep: Mapping[str, np.ndarray], values: np.ndarray, share: float) -> None:
         on = units.flat(keep)
         # Gates that stay as they are, and gates refitted on the model.
-        found.append((units.split(np.where(on, center, 0)), damping))
-        found.append((units.split(np.where(on, values, 0)), damping))
+        found.append((units.split(np.where(on, center, 0)), share))
+        found.append((units.split(np.where(on, values, 0)), share))
 
-    for damping in DAMPINGS:
-        damped = matrix + damping * scale * np.eye(units.size)
+    for share in SHRINKAGES:
         left = eliminate(
             problem.groups,
             problem.terms,
             problem.allowed,
-            damped,
+            shrunk(matrix, share),
             gradient,
             center,
             budget,
         )
-        add(left.keep, left.gates, damping)
+        add(left.keep, left.gates, share)
     # Units by themselves, and the largest weights: what nothing may be worse than.
-    damping = DAMPINGS[1]
-    damped = matrix + damping * scale * np.eye(units.size)
+    share = SHRINKAGES[1]
+    middle = shrunk(matrix, share)
     squares = unit_scores(problem.groups, _squares(problem))
     for scores in (gate_scores(model), squares):
         keep = _select_alive(problem, scores, alive, budget)
         if keep is not None:
-            add(keep, refit(damped, gradient, center, units.flat(keep)), damping)
+            add(keep, refit(middle, gradient, center, units.flat(keep)), share)
     return found
 
 
@@ -180,7 +191,7 @@ def polished(
     """Units exchanged within their groups by a solver of the package."""
     assert problem.solver is not None
     counts = {n: int((m != 0).sum()) for n, m in best.gates.items()}
-    ridge = best.damping * mean_curvature(model.curvature)
+    ridge = best.shrinkage * mean_curvature(model.curvature)
     damped = low_rank(
         _rows(model), model.center, model.gradient, model.value, ridge=ridge
     )
