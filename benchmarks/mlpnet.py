@@ -35,6 +35,7 @@ import numpy as np  # noqa: E402
 import optax  # noqa: E402
 
 import sparserec  # noqa: E402
+from benchmarks import _mlpnet_chita  # noqa: E402
 from benchmarks._output import save  # noqa: E402
 
 LAYERS = ("fc1.weight", "fc2.weight", "fc3.weight")
@@ -142,6 +143,8 @@ def descent(examples: int, stages: int) -> sparserec.Descent:
 
 
 def prune(data: Data, case: argparse.Namespace, seed: int) -> sparserec.Solution:
+    if case.method == "chita":
+        return _mlpnet_chita.prune(predict, data.params, data.train, case, seed)
     k = sparserec.keep(data.params, density=case.density)
     rng = np.random.default_rng(seed)
     x, y = data.train
@@ -229,7 +232,7 @@ def verdict(result: dict, target: Target | None) -> tuple[bool, list]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--method", choices=("iobs", "magnitude"), default="iobs")
+    parser.add_argument("--method", choices=("iobs", "chita", "magnitude"), default="iobs")
     parser.add_argument("--density", type=float, default=0.02)
     parser.add_argument("--examples", type=int, default=16_000, help="in each stage")
     parser.add_argument("--stages", type=int, default=16)
@@ -240,6 +243,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--no-descent", dest="descent", action="store_false", help="refinements only"
     )
+    _mlpnet_chita.add_arguments(parser)
     parser.add_argument("--grid", action="store_true", help="look for a collapse")
     parser.add_argument("--json", type=pathlib.Path)
     return parser.parse_args()
@@ -263,6 +267,9 @@ def main() -> int:
         target = TARGETS.get((cell.density, budget, cell.fixed))
         if cell.method == "magnitude":
             target = None
+        if cell.method == "chita":
+            found = _mlpnet_chita.target(cell)
+            target = None if found is None else Target(*found)
         good, row = verdict(results[-1], GRID_FLOOR if case.grid else target)
         met.append(good)
         rows.append(row)

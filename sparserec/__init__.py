@@ -24,7 +24,7 @@ from sparserec._solution import History, Solution, SolveError, check
 from sparserec._types import Status
 from sparserec.budget import Budget, keep, make_budget, matrices
 from sparserec.select import apply_mask
-from sparserec.solvers._chita_path import chita_path
+from sparserec.solvers._chita_path import chita_path, compress_rows
 from sparserec.solvers._descent import Descent
 from sparserec.solvers.chita import chita
 from sparserec.solvers.iht import iht, iht_solver
@@ -51,6 +51,7 @@ __all__ = [
     "check",
     "chita",
     "chita_path",
+    "compress_rows",
     "iht",
     "iht_solver",
     "iobs",

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +110,7 @@ def test_backsolve_is_accurate_in_single_precision_at_any_ridge(k):
     x = (turn @ x).astype(np.float32)
     center = (0.1 * rng.normal(size=weights)).astype(np.float32)
     gradient = x.mean(axis=0)
-    mask = oracles.top_k_mask(center, k)
+    mask = oracles.top_k_mask(center.astype(np.float64), k)
     model = quadratic.low_rank(
         jnp.asarray(x), jnp.asarray(center), jnp.asarray(gradient)
     )
@@ -392,7 +392,8 @@ def test_stages_beat_one_stage_and_magnitude(variant):
     }
     assert loss(many.params, *args) < loss(one.params, *args)
     assert loss(many.params, *args) < loss(plain, *args)
-    assert many.status == Status.MAX_STEPS
+    # Stages may stall, and so end, before they are used up.
+    assert many.status in (Status.MAX_STEPS, Status.CONVERGED)
     alive = sum(int(jnp.count_nonzero(many.params[n])) for n in ("first", "second"))
     assert alive <= 10
 
@@ -542,7 +543,7 @@ def test_bad_options(options, error, match):
 def test_bad_budgets():
     model, *_ = instance(0)
     with pytest.raises(TypeError, match=r"sparserec\.keep"):
-        chita(model, model.center, 0.5)
+        chita(model, model.center, cast(Any, 0.5))
     with pytest.raises(ValueError, match=r"\[0, 14\]"):
         chita(model, model.center, 15)
 

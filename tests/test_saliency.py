@@ -1,6 +1,7 @@
 """Scores of weights against brute-force Hessians and identities."""
 
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -58,7 +59,8 @@ def assert_close(scores, expected, tol):
 def test_oba_is_exact_against_the_whole_hessian(name):
     builder, params, data = nets.NETS[name]()
     w, g, hessian, gauss_newton = brute(name)
-    for curvature, matrix in (("hessian", hessian), ("gauss_newton", gauss_newton)):
+    matrices: dict[Any, np.ndarray] = {"hessian": hessian, "gauss_newton": gauss_newton}
+    for curvature, matrix in matrices.items():
         score = functools.partial(
             saliency.oba, builder.loss, params, args=data, curvature=curvature
         )
@@ -166,6 +168,7 @@ def test_memory_is_that_of_one_batch():
     from sparserec.saliency._data import prepared
     from sparserec.saliency._oba import gradient_and_product
 
+    step: Any = gradient_and_product
     builder, params, data = nets.problem(
         nets.chain, functools.partial(nets.chain_params, depth=3), (6,), examples=64
     )
@@ -174,13 +177,13 @@ def test_memory_is_that_of_one_batch():
     def temporaries(size):
         piece = jax.tree.map(lambda x: x[:size], data)
         hessian = quadratic.Hessian(dense_limit=0)
-        step = gradient_and_product.lower(hessian, loss, params, piece).compile()
-        return step.memory_analysis().temp_size_in_bytes
+        compiled = step.lower(hessian, loss, params, piece).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporaries(8) < 0.25 * temporaries(64)
-    before = gradient_and_product._cache_size()
+    before = step._cache_size()
     saliency.oba(builder.loss, params, args=data, batch_size=8)
-    assert gradient_and_product._cache_size() == before + 1  # one program, 8 calls
+    assert step._cache_size() == before + 1  # one program, 8 calls
 
 
 # --- the classics --------------------------------------------------------------------

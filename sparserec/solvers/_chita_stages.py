@@ -20,7 +20,7 @@ from sparserec.solvers._examples import divide
 from sparserec.solvers._schedule import budget_at
 
 StageSchedule = (
-    Literal["exp", "poly", "linear", "const", "mfac"]
+    Literal["exp", "poly", "linear", "const", "mfac", "geometric"]
     | Callable[[Int[Array, ""]], Array]
 )
 SCHEDULES = ("exp", "poly", "linear", "const", "mfac", "geometric")

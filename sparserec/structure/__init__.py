@@ -17,6 +17,7 @@ from sparserec.structure._apply import (
 from sparserec.structure._gate_model import gate_model, gate_scores
 from sparserec.structure._groups import Frozen, Group, Groups, Member, groups
 from sparserec.structure._joint import joint
+from sparserec.structure._kept import kept_units
 from sparserec.structure._resize import check, resized
 from sparserec.structure._select import select, total_cost, unit_costs
 
@@ -32,6 +33,7 @@ __all__ = [
     "groups",
     "joint",
     "keep_temperature",
+    "kept_units",
     "mask",
     "ones",
     "resized",
