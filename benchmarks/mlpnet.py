@@ -232,7 +232,9 @@ def verdict(result: dict, target: Target | None) -> tuple[bool, list]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--method", choices=("iobs", "chita", "magnitude"), default="iobs")
+    parser.add_argument(
+        "--method", choices=("iobs", "chita", "magnitude"), default="iobs"
+    )
     parser.add_argument("--density", type=float, default=0.02)
     parser.add_argument("--examples", type=int, default=16_000, help="in each stage")
     parser.add_argument("--stages", type=int, default=16)

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import sparserec
-from sparserec import problems, quadratic
+from sparserec import plot, problems, quadratic
 
 FOLDER = pathlib.Path(__file__).parent / "images"
 BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
@@ -195,7 +195,94 @@ def masks():
     save(figure, "masks")
 
 
-PICTURES = {"convergence": convergence, "recovery": recovery, "masks": masks}
+# --- groups of a residual block and of an attention block ----------------------------
+
+
+def abstract(**shapes):
+    return {n: jax.ShapeDtypeStruct(shape, jnp.float32) for n, shape in shapes.items()}
+
+
+def residual_block(p, x):
+    def conv(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    x = conv(x, p["stem"])
+    h = jax.nn.relu(conv(x, p["conv1"]) * p["norm1"])
+    x = jax.nn.relu(x + conv(h, p["conv2"]) * p["norm2"])
+    return jnp.mean(x, axis=(1, 2)) @ p["head"]
+
+
+def attention_block(p, x):
+    def normed(x):
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True))
+
+    h = normed(x)
+    q, k, v = (
+        jnp.einsum("btd,dhe->bthe", h, p[name]) for name in ("query", "key", "value")
+    )
+    h = jax.nn.dot_product_attention(q, k, v)
+    x = x + jnp.einsum("bthe,hed->btd", h, p["out"])
+    return x + jax.nn.gelu(normed(x) @ p["up"]) @ p["down"]
+
+
+def structure():
+    residual = abstract(
+        stem=(3, 3, 3, 16),
+        conv1=(3, 3, 16, 16),
+        norm1=(16,),
+        conv2=(3, 3, 16, 16),
+        norm2=(16,),
+        head=(16, 10),
+    )
+    attention = abstract(
+        query=(64, 4, 16),
+        key=(64, 4, 16),
+        value=(64, 4, 16),
+        out=(4, 16, 64),
+        up=(64, 256),
+        down=(256, 64),
+    )
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2, width_ratios=(4, 3))
+    for ax, title, block, params, x, names in (
+        (
+            panels[0],
+            "a residual block",
+            residual_block,
+            residual,
+            (1, 8, 8, 3),
+            {"conv1:2": "residual stream", "conv1:3": "inside the block"},
+        ),
+        (
+            panels[1],
+            "an attention block",
+            attention_block,
+            attention,
+            (1, 8, 64),
+            {
+                "down:0": "hidden neurons",
+                "key:1": "heads",
+                "key:2": "query and key size",
+                "out:1": "value size",
+            },
+        ),
+    ):
+        (data,) = abstract(x=x).values()
+        groups = sparserec.structure.groups(block, params, data)
+        plot.structure(groups, include=list(params), names=names, ax=ax)
+        ax.set_title(title, fontsize="medium")
+    save(figure, "structure")
+
+
+PICTURES = {
+    "convergence": convergence,
+    "recovery": recovery,
+    "masks": masks,
+    "structure": structure,
+}
 
 
 def main(names):

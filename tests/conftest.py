@@ -19,6 +19,9 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+# Compiling is nearly all that the tests do; what they check does not need fast code.
+jax.config.update("jax_disable_most_optimizations", True)
+
 # Four devices on any CPU, so that the sharding tests run everywhere. Whoever asks for
 # devices in XLA_FLAGS keeps their number, JAX refuses to hear it twice.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):

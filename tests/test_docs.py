@@ -56,11 +56,8 @@ def reader_session(lenient_promotion):
     del lenient_promotion
     from matplotlib import pyplot
 
-    # The pages are run for errors, not for speed: compiling is nearly all they do.
-    jax.config.update("jax_disable_most_optimizations", True)
     with jax.enable_x64(False):
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
     pyplot.close("all")
 
 
