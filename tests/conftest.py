@@ -39,6 +39,14 @@ hypothesis.settings.load_profile("sparserec")
 
 
 @pytest.fixture
+def optimized() -> Iterator[None]:
+    """Optimized code, for tests that run longer than they compile."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
 def lenient_promotion() -> Iterator[None]:
     """JAX's own promotion rules, for tests that run the code of other packages.
 

@@ -326,6 +326,7 @@ def test_blocks_go_through_the_solve_of_the_curvature():
         chita(model, model.center, 5, variant="cd")
 
 
+@pytest.mark.slow
 def test_groups_keep_their_own_budgets():
     _, x, center, gradient = instance(9)
 
@@ -372,6 +373,7 @@ def network(examples=64, stages=None):
 rows_of_four = fisher(batch_size=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["bso", "iht"])
 def test_stages_beat_one_stage_and_magnitude(variant):
     params, batches = network(stages=10)
@@ -415,6 +417,7 @@ def test_fresh_rows_from_a_callable_are_those_of_a_stack():
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_best_of_several_ridges_is_taken():
     params, args = network()
     ridges = (1e-3, 0.1, 10.0)

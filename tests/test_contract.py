@@ -179,7 +179,9 @@ def test_every_solver_is_in_the_table():
         and list(inspect.signature(getattr(sparserec, name)).parameters)[:3]
         == ["loss_fn", "params", "k"]
     }
-    assert exported == {case.solve for case in CASES.values()}
+    # These keep the contract in files of their own, with what else they promise.
+    apart = {sparserec.chita, sparserec.l0cd, sparserec.oba, sparserec.prune}
+    assert exported == {case.solve for case in CASES.values()} | apart
 
 
 def start(name, problem: Data):

@@ -473,6 +473,7 @@ def test_blocks_are_aligned_with_leaves_and_even():
 # --- solvers --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"implicit": True}, {"blocks": "leaf"}])
 def test_iobs_takes_the_curvature(options):
     sklearn = pytest.importorskip("sklearn.datasets")

@@ -84,6 +84,7 @@ def test_rows_of_the_fisher_are_gradients_of_single_examples():
     assert flat(model.center).tolist() == [1] * sum(groups.sizes.values())
 
 
+@pytest.mark.slow
 def test_rows_of_gauss_newton_are_its_root_at_any_gates():
     params, groups, data = problem()
     rng = np.random.default_rng(1)
@@ -111,6 +112,7 @@ def test_rows_of_gauss_newton_are_its_root_at_any_gates():
     np.testing.assert_allclose(flat(model.gradient), flat(slope), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_probes_estimate_gauss_newton():
     params, groups, data = problem()
     build = functools.partial(
@@ -136,6 +138,7 @@ def test_scores_are_the_predicted_change_of_one_removal():
             )
 
 
+@pytest.mark.slow
 def test_the_solvers_of_the_package_take_a_gate_model():
     params, groups, data = problem()
     model = gate_model(
@@ -373,6 +376,7 @@ def test_what_is_not_a_gate_can_follow_after_every_stage():
     )
 
 
+@pytest.mark.slow
 def test_half_precision_is_solved_in_single():
     params, groups, data = problem()
     half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)

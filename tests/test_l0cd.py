@@ -106,6 +106,7 @@ def test_no_worse_than_orthogonal_matching_pursuit():
 # --- penalties -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(seed=st.integers(0, 10_000), penalty=st.floats(0.05, 20.0))
 def test_penalised_problem_against_enumeration(seed, penalty):
@@ -119,6 +120,7 @@ def test_penalised_problem_against_enumeration(seed, penalty):
     assert gain <= 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["cyclic", "greedy"])
 @settings(max_examples=20)
 @given(
@@ -190,6 +192,7 @@ def test_sweeps_compile_once():
     assert compilations() == before
 
 
+@pytest.mark.slow
 def test_a_wide_sweep_compiles_once():
     rng = np.random.default_rng(0)
     design = rng.normal(size=(20, 40))

@@ -99,6 +99,7 @@ def test_every_batch_is_drawn_once():
     assert drawn == list(range(6))
 
 
+@pytest.mark.slow
 def test_visiting_the_data_in_chunks_prunes_as_well():
     # Not the same numbers: the probes of the diagonal are taken chunk by chunk.
     settings = {"max_steps": 2, "stages": 2, "refinements": 1}

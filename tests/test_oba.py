@@ -87,6 +87,7 @@ def test_at_once_it_keeps_the_largest_scores_of_a_network():
     assert scores[kept].min() >= scores[~kept].max()
 
 
+@pytest.mark.slow
 def test_pieces_of_the_data_give_the_same_support():
     builder, params, data = chain_problem()
     solve = functools.partial(oba, builder.loss, params, 20, args=data, stages=3)
@@ -175,6 +176,7 @@ def test_bad_choices_say_what_to_write():
 floats = st.floats(allow_nan=False, allow_infinity=True, allow_subnormal=True)
 
 
+@pytest.mark.slow
 @given(hnp.arrays(np.float64, st.integers(2, 20), elements=floats))
 def test_signed_order_becomes_an_order_of_magnitudes(x):
     order = np.asarray(in_order(jnp.asarray(x)))

@@ -39,6 +39,7 @@ def test_every_method_keeps_k_weights_and_says_the_loss(method):
     np.testing.assert_allclose(solution.objective, model(solution.params), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_it_is_the_solver_of_that_name_with_its_options():
     model, w = model_of()
     pruned = prune(model, w, 4, method="iobs", stages=3, damping=0.1)
@@ -93,6 +94,7 @@ def test_whole_units_go_within_the_cost(method):
     )
 
 
+@pytest.mark.slow
 def test_a_solver_of_the_package_exchanges_units():
     alone, together = by_units("joint"), by_units("iobs")
     assert together.objective <= 1.2 * alone.objective
@@ -108,6 +110,7 @@ def test_k_counts_units():
         assert sum(int(k.sum()) for k in keep.values()) == 9
 
 
+@pytest.mark.slow
 def test_scores_and_limits_have_options():
     params, groups, data = problem()
     solution = prune(
@@ -126,6 +129,7 @@ def test_scores_and_limits_have_options():
         assert int(kept.sum()) % 2 == 0 or kept.all()
 
 
+@pytest.mark.slow
 def test_half_precision_comes_back_as_it_was():
     params, groups, data = problem()
     half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)

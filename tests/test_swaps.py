@@ -160,6 +160,7 @@ def test_pairs_that_are_worth_nothing_alone():
     np.testing.assert_allclose(value, refit(design, response, {4, 5}), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_exchanges_stay_within_their_group():
     design, response = regression(2)
     center = {"a": jnp.zeros((2, 2)), "b": jnp.zeros(4), "c": jnp.zeros((2, 1))}

@@ -14,6 +14,8 @@ import pytest
 import sparserec
 from sparserec import problems, quadratic, theory
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 def distances(params, minimizers):
     return np.linalg.norm(np.asarray(params) - np.asarray(minimizers), axis=1)

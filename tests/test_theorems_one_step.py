@@ -18,6 +18,8 @@ from sparserec import problems, theory
 
 SLACK = 1 + 1e-9
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 def distances(params, minimizers):
     return np.linalg.norm(np.asarray(params) - np.asarray(minimizers), axis=1)

@@ -75,6 +75,7 @@ def test_trees_with_one_cost_for_a_leaf_and_edges():
     assert not solve(scores, {"a": 2.0, "b": 0.0}, 4.0, 0)["b"].any()
 
 
+@pytest.mark.slow
 def test_a_sweep_compiles_once_and_vmaps():
     scores, costs = map(jnp.asarray, draw(3))
     traces = []
