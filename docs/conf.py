@@ -59,6 +59,11 @@ def _displays(lines: list[str]) -> list[str]:
         body = "\n".join(f"{indent}   {line}" for line in inner)
         return f"{indent}.. math::\n\n{body}\n"
 
+    def code(found: re.Match) -> str:
+        indent, lines = found.group(1), found.group(2).rstrip().splitlines()
+        return f"{indent}::\n\n" + "\n".join(f"   {line}" for line in lines) + "\n"
+
+    text = re.sub(r"(?ms)^( *)```python\n(.*?)^ *```$", code, text)
     text = re.sub(r"(?ms)^( *)\$\$(.*?)\$\$[ ]*$", directive, text)
     # Formulas may also run over a line break.
     text = re.sub(
