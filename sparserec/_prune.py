@@ -15,10 +15,10 @@ from sparserec import _tree, saliency, select
 from sparserec import structure as _structure
 from sparserec._run import Incumbent, Solver, State
 from sparserec._solution import Solution
-from sparserec._types import LossFn, Params, Prunable, Status
+from sparserec._types import LossFn, Params, Prunable
 from sparserec.budget import Budget, matrices
 from sparserec.quadratic import Objective, QuadraticModel
-from sparserec.solvers import _front
+from sparserec.solvers import _front, _states
 from sparserec.solvers.iht import iht
 from sparserec.solvers.iobs import iobs
 from sparserec.solvers.oba import oba
@@ -36,17 +36,8 @@ def _magnitude_init(
     mask = select.support(params, budget.counts, budget.groups)
     projection = _tree.keep(mask, params)
     value = objective.value(projection, args)
-    one = jnp.ones((), value.dtype)
-    state = State(
-        params=projection,
-        mask=mask,
-        objective=value,
-        change=jnp.zeros_like(one),
-        stationarity=jnp.zeros_like(one),
-        damping=one * jnp.nan,
-        settled=jnp.bool_(True),
-        failure=jnp.int32(Status.RUNNING),
-    )
+    state = _states.begin(projection, mask, value, settled=True, measured=False)
+    state = state._replace(change=jnp.zeros_like(value))
     return state, Incumbent(projection, mask, value)
 
 

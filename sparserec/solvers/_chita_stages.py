@@ -14,6 +14,7 @@ from sparserec._run import Incumbent, State
 from sparserec._types import Params, Scalar, Status
 from sparserec.budget import Budget
 from sparserec.quadratic import Objective, QuadraticModel
+from sparserec.solvers import _states
 from sparserec.solvers._chita_types import Found
 from sparserec.solvers._chita_variants import VARIANTS
 from sparserec.solvers._examples import divide
@@ -113,17 +114,7 @@ def init(
 ) -> tuple[State, Incumbent]:
     mask = select.support(params, budget.counts, budget.groups)
     value = objective.value(params, args)
-    one = jnp.ones((), value.dtype)
-    state = State(
-        params=params,
-        mask=_tree.ones_mask(params),
-        objective=value,
-        change=one,
-        stationarity=jnp.zeros_like(one),
-        damping=one * jnp.nan,
-        settled=jnp.bool_(False),
-        failure=jnp.int32(Status.RUNNING),
-    )
+    state = _states.begin(params, _tree.ones_mask(params), value, measured=False)
     # An infinite loss: whatever a stage finds is better than the fallback.
     fallback = Incumbent(_tree.keep(mask, params), mask, jnp.full_like(value, jnp.inf))
     return state, fallback

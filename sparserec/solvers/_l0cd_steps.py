@@ -11,10 +11,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from sparserec import _tree, select
 from sparserec._run import Incumbent, State
-from sparserec._types import Mask, Params, Scalar, Status
+from sparserec._types import Mask, Params, Scalar
 from sparserec.budget import Budget
 from sparserec.quadratic import Objective, QuadraticModel
-from sparserec.solvers import _search, _starts
+from sparserec.solvers import _search, _starts, _states
 from sparserec.solvers._columns import Problem, make_problem
 from sparserec.solvers._coordinate import coordinate_descent
 from sparserec.solvers._search import SearchOptions
@@ -98,17 +98,9 @@ def init(
     projection = _tree.keep(mask, params)
     loss = _value(objective, projection, args)
     value = loss + penalties(projection, budget, weights)
-    one = jnp.ones((), value.dtype)
-    state = State(
-        params=projection,
-        mask=mask,
-        objective=value,
-        change=one,
-        stationarity=one,
-        damping=one * jnp.nan,
-        settled=jnp.bool_(True),
-        failure=jnp.int32(Status.RUNNING),
-        memory=-one,  # largest gradient so far: the scale of stationarity
+    # The memory is the largest gradient so far: the scale of stationarity.
+    state = _states.begin(
+        projection, mask, value, -jnp.ones((), value.dtype), settled=True
     )
     return state, Incumbent(projection, mask, value)
 

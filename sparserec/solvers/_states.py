@@ -16,6 +16,7 @@ def begin(
     memory: Any = (),
     *,
     settled: bool = False,
+    measured: bool = True,
 ) -> State:
     """The state before the first step: no change and no damping measured yet.
 
@@ -25,6 +26,7 @@ def begin(
       objective: loss there, shape `()`.
       memory: what the solver carries along.
       settled: whether the start obeys the budget.
+      measured: whether the solver measures stationarity; else it is zero for good.
 
     Returns:
       A running state.
@@ -35,7 +37,7 @@ def begin(
         mask=mask,
         objective=objective,
         change=one,
-        stationarity=one,
+        stationarity=one if measured else jnp.zeros_like(one),
         damping=one * jnp.nan,
         settled=jnp.bool_(settled),
         failure=jnp.int32(Status.RUNNING),

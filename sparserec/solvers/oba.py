@@ -16,7 +16,7 @@ from sparserec.budget import Budget, matrices
 from sparserec.quadratic import Objective, QuadraticModel
 from sparserec.saliency._data import CurvatureChoice, mean_over, resolve
 from sparserec.saliency._oba import gradient_and_product, shares
-from sparserec.solvers import _front
+from sparserec.solvers import _front, _states
 from sparserec.solvers._schedule import budget_at
 
 
@@ -57,17 +57,7 @@ def _init(
     mask = select.support(params, budget.counts, budget.groups)
     projection = _tree.keep(mask, params)
     value = objective.value(params, args)
-    one = jnp.ones((), value.dtype)
-    state = State(
-        params=params,
-        mask=_tree.ones_mask(params),
-        objective=value,
-        change=one,
-        stationarity=jnp.zeros_like(one),
-        damping=one * jnp.nan,
-        settled=jnp.bool_(False),
-        failure=jnp.int32(Status.RUNNING),
-    )
+    state = _states.begin(params, _tree.ones_mask(params), value, measured=False)
     # An infinite loss: whatever the last stage finds is better than the fallback.
     return state, Incumbent(projection, mask, jnp.full_like(value, jnp.inf))
 

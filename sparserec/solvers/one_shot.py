@@ -25,7 +25,7 @@ def _init(
     mask = select.support(params, budget.counts, budget.groups)
     projection = _tree.keep(mask, params)
     value = objective.value(params, args)
-    state = _states.begin(params, _tree.ones_mask(params), value)
+    state = _states.begin(params, _tree.ones_mask(params), value, measured=False)
     # An infinite loss: whatever the step finds is better than the fallback.
     return state, Incumbent(projection, mask, jnp.full_like(value, jnp.inf))
 
@@ -39,7 +39,6 @@ def _done(
         mask=mask,
         objective=value,
         change=jnp.zeros_like(state.change),
-        stationarity=jnp.zeros_like(state.stationarity),
         settled=jnp.bool_(True),
         failure=failure,
     )
