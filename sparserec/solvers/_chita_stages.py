@@ -3,19 +3,19 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from sparserec import _linsolve, _tree, select
-from sparserec._run import Incumbent, State
+from sparserec import _linsolve, _tree
+from sparserec._run import State
 from sparserec._types import Params, Scalar, Status
 from sparserec.budget import Budget
 from sparserec.quadratic import Objective, QuadraticModel
 from sparserec.solvers import _states
-from sparserec.solvers._chita_types import Found
+from sparserec.solvers._chita_types import Found, Limits
 from sparserec.solvers._chita_variants import VARIANTS
 from sparserec.solvers._examples import divide
 from sparserec.solvers._schedule import budget_at
@@ -40,22 +40,6 @@ class Options:
     schedule: StageSchedule = "exp"
     start_density: float = 0.9
     held_out: float = 0.0
-
-
-class Limits(NamedTuple):
-    """The traced choices of a stage; see `chita`.
-
-    Attributes:
-      ridges: candidates, shape `(l,)`.
-      exchanges: rounds of exchanges, shape `()`.
-      tol: of the steps within a stage, shape `()`.
-      max_steps: IHT steps or passes within a stage, shape `()`.
-    """
-
-    ridges: Float[Array, "l"]
-    exchanges: Int[Array, ""]
-    tol: Scalar
-    max_steps: Int[Array, ""]
 
 
 def stage_budget(options: Options, budget: Budget, index: Int[Array, ""]) -> Budget:
@@ -109,17 +93,6 @@ def stage_budget(options: Options, budget: Budget, index: Int[Array, ""]) -> Bud
     return dataclasses.replace(budget, counts=counts)
 
 
-def init(
-    objective: Objective, params: Params, budget: Budget, args: tuple
-) -> tuple[State, Incumbent]:
-    mask = select.support(params, budget.counts, budget.groups)
-    value = objective.value(params, args)
-    state = _states.begin(params, _tree.ones_mask(params), value, measured=False)
-    # An infinite loss: whatever a stage finds is better than the fallback.
-    fallback = Incumbent(_tree.keep(mask, params), mask, jnp.full_like(value, jnp.inf))
-    return state, fallback
-
-
 def _local_model(objective: Objective, params: Params, args: tuple) -> QuadraticModel:
     """The model to prune: a given one as it is, with its own center."""
     if isinstance(objective.loss_fn, QuadraticModel):
@@ -130,20 +103,11 @@ def _local_model(objective: Objective, params: Params, args: tuple) -> Quadratic
     return objective.model(params, args)
 
 
-@functools.partial(jax.jit, static_argnames="options")
+@functools.partial(jax.jit, static_argnames="variant")
 def _candidates(
-    options: Options,
-    model: QuadraticModel,
-    params: Params,
-    budget: Budget,
-    ridges: Float[Array, "l"],
-    exchanges: Int[Array, ""],
-    tol: Scalar,
-    max_steps: Int[Array, ""],
+    variant: str, model: QuadraticModel, params: Params, budget: Budget, limits: Limits
 ) -> Found:
-    return VARIANTS[options.variant](
-        model, params, budget, ridges, exchanges, tol, max_steps
-    )
+    return VARIANTS[variant](model, params, budget, limits)
 
 
 def step(
@@ -160,16 +124,8 @@ def step(
     now = stage_budget(options, budget, index)
     dtype = _tree.dtype(state.params)
     ridges = limits.ridges.astype(dtype)
-    found = _candidates(
-        options,
-        model,
-        state.params,
-        now,
-        ridges,
-        limits.exchanges,
-        limits.tol.astype(dtype),
-        limits.max_steps,
-    )
+    limits = limits._replace(ridges=ridges, tol=limits.tol.astype(dtype))
+    found = _candidates(options.variant, model, state.params, now, limits)
 
     def judge(i: int) -> Scalar:
         params = jax.tree.map(lambda x: x[i], found.params)
@@ -203,10 +159,7 @@ def _next_state(
     now: Budget,
     budget: Budget,
 ) -> State:
-    change = _tree.norm(_tree.sub(found.params, state.params))
-    change = change / jnp.maximum(
-        _tree.norm(found.params), jnp.finfo(change.dtype).tiny
-    )
+    change = _states.relative_change(found.params, state.params)
     if options.stages == 1:
         # The only step: it has converged where what it did inside has.
         change = jnp.where(found.converged, 0, 1).astype(change.dtype)

@@ -1,10 +1,29 @@
-"""What the variants of CHITA return."""
+"""What the variants of CHITA take, and what they return."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
-from jaxtyping import Array, Bool, Int
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
-from sparserec._types import Mask, Params
+from sparserec._types import Mask, Params, Scalar
+
+
+class Limits(NamedTuple):
+    """The traced choices of a stage; see `chita`.
+
+    Attributes:
+      ridges: candidates, shape `(l,)`.
+      exchanges: rounds of exchanges, shape `()`.
+      tol: of the steps within a stage, shape `()`.
+      max_steps: IHT steps or passes within a stage, shape `()`.
+    """
+
+    ridges: Float[Array, "l"]
+    exchanges: Int[Array, ""]
+    tol: Scalar
+    max_steps: Int[Array, ""]
 
 
 class Found(NamedTuple):
@@ -21,3 +40,9 @@ class Found(NamedTuple):
     mask: Mask
     converged: Bool[Array, "l"]
     status: Int[Array, "l"]
+
+
+def for_each(solve: Callable[[Scalar], Found], ridges: Float[Array, "l"]) -> Found:
+    """What `solve` finds for one ridge after another, stacked."""
+    answers = [solve(ridge) for ridge in ridges]
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *answers)

@@ -29,7 +29,7 @@ from sparserec.solvers._chita_rows import (
     kernel,
     row_problem,
 )
-from sparserec.solvers._chita_types import Found
+from sparserec.solvers._chita_types import Found, Limits, for_each
 
 
 class _Answer(NamedTuple):
@@ -72,32 +72,34 @@ def _each(solve: Callable[[Scalar], _Answer], ridges: Float[Array, "l"]) -> _Ans
     return jax.lax.map(solve, ridges)
 
 
-def _iht(problem, start, budget, ridges, exchanges, tol, max_steps) -> _Answer:
-    del exchanges
-
+def _iht(problem: RowProblem, start: Array, budget: Budget, limits: Limits) -> _Answer:
     def solve(ridge: Scalar) -> _Answer:
         ridged = _with(problem, ridge)
         first = _chita_iht.first_point(ridged, budget, start)
-        end = _chita_iht.search(ridged, budget, first, tol=tol, max_steps=max_steps)
+        end = _chita_iht.search(
+            ridged, budget, first, tol=limits.tol, max_steps=limits.max_steps
+        )
         return _answer(end.point, end.converged)
 
-    return _each(solve, ridges)
+    return _each(solve, limits.ridges)
 
 
 def _descent(
-    problem, start, budget, ridges, exchanges, tol, max_steps, *, cyclic
+    problem: RowProblem, start: Array, budget: Budget, limits: Limits, *, cyclic: bool
 ) -> _Answer:
-    del exchanges
-
     def solve(ridge: Scalar) -> _Answer:
         ridged = _with(problem, ridge)
         first = _chita_iht.thresholded_step(ridged, budget, start)
         end = _chita_descent.descend(
-            ridged, first, cyclic=cyclic, tol=tol, max_passes=max_steps
+            ridged,
+            first,
+            cyclic=cyclic,
+            tol=limits.tol,
+            max_passes=limits.max_steps,
         )
         return _answer(end.point, end.converged)
 
-    return _each(solve, ridges)
+    return _each(solve, limits.ridges)
 
 
 def _solved(problem, mask, split, ridges, converged: Array | bool = True) -> _Answer:
@@ -111,19 +113,22 @@ def _solved(problem, mask, split, ridges, converged: Array | bool = True) -> _An
     return _each(solve, ridges)
 
 
-def _backsolve(problem, start, budget, ridges, exchanges, tol, max_steps) -> _Answer:
-    del exchanges, tol, max_steps
-    ridged = _with(problem, _middle(ridges))
+def _backsolve(
+    problem: RowProblem, start: Array, budget: Budget, limits: Limits
+) -> _Answer:
+    ridged = _with(problem, _middle(limits.ridges))
     mask = _chita_iht.thresholded_step(ridged, budget, start).mask
-    return _solved(problem, mask, split_gradient(problem), ridges)
+    return _solved(problem, mask, split_gradient(problem), limits.ridges)
 
 
-def _best(problem, start, budget, ridges, exchanges, tol, max_steps) -> _Answer:
+def _best(problem: RowProblem, start: Array, budget: Budget, limits: Limits) -> _Answer:
     """IHT and one thresholded step each choose a support; the better is polished."""
-    ridged = _with(problem, _middle(ridges))
+    ridged = _with(problem, _middle(limits.ridges))
     split = split_gradient(problem)
     one = _chita_iht.thresholded_step(ridged, budget, start)
-    many = _chita_iht.search(ridged, budget, one, tol=tol, max_steps=max_steps)
+    many = _chita_iht.search(
+        ridged, budget, one, tol=limits.tol, max_steps=limits.max_steps
+    )
     # One program for both: compiling is most of the time of a small problem.
     points, _ = jax.lax.map(
         lambda mask: backsolve(ridged, mask, split),
@@ -131,23 +136,17 @@ def _best(problem, start, budget, ridges, exchanges, tol, max_steps) -> _Answer:
     )
     chosen = better(*(jax.tree.map(lambda x, i=i: x[i], points) for i in range(2)))
     chosen, done = _chita_exchange.polish(
-        ridged, budget, chosen, split, rounds=exchanges
+        ridged, budget, chosen, split, rounds=limits.exchanges
     )
-    done |= exchanges < 1
-    if ridges.shape[0] == 1:
+    done |= limits.exchanges < 1
+    if limits.ridges.shape[0] == 1:
         answer = _answer(chosen, done)
         return jax.tree.map(lambda x: x[None], answer)
-    return _solved(problem, chosen.mask, split, ridges, done)
+    return _solved(problem, chosen.mask, split, limits.ridges, done)
 
 
 def _surgeon(
-    model: QuadraticModel,
-    params: Params,
-    budget: Budget,
-    ridges: Float[Array, "l"],
-    exchanges: Int[Array, ""],
-    tol: Scalar,
-    max_steps: Int[Array, ""],
+    model: QuadraticModel, params: Params, budget: Budget, limits: Limits
 ) -> Found:
     """The combinatorial brain surgeon: OBS saliencies, exchanges, one joint update.
 
@@ -155,18 +154,20 @@ def _surgeon(
 
     Source: Yu, Serra, Ramalingam & Zhe (2022): greedy selection and local exchange.
     """
-    del tol, max_steps
-    ridge = _middle(ridges)
+    ridge = _middle(limits.ridges)
     mask, _ = _row_baselines.saliency_support(model, params, budget, ridge)
     flat = dataclasses.replace(model, gradient=_tree.zeros_like(model.gradient))
     if not isinstance(model.curvature, LowRank):
-        return refit(flat, params, mask, ridges)
+        return refit(flat, params, mask, limits.ridges)
     problem = compressed(row_problem(flat))
     split = split_gradient(problem)
     ridged = _with(problem, ridge)
     point, _ = backsolve(ridged, _tree.flatten(mask), split)
-    point, done = _chita_exchange.polish(ridged, budget, point, split, rounds=exchanges)
-    answer = _solved(problem, point.mask, split, ridges, done | (exchanges < 1))
+    point, done = _chita_exchange.polish(
+        ridged, budget, point, split, rounds=limits.exchanges
+    )
+    done |= limits.exchanges < 1
+    answer = _solved(problem, point.mask, split, limits.ridges, done)
     return _found(problem, answer)
 
 
@@ -181,27 +182,15 @@ def _on_rows(solve: Callable[..., _Answer]) -> Callable[..., Found]:
     """A variant on flat rows as one on models and pytrees."""
 
     def variant(
-        model: QuadraticModel,
-        params: Params,
-        budget: Budget,
-        ridges: Float[Array, "l"],
-        exchanges: Int[Array, ""],
-        tol: Scalar,
-        max_steps: Int[Array, ""],
+        model: QuadraticModel, params: Params, budget: Budget, limits: Limits
     ) -> Found:
         problem = compressed(row_problem(model))
         dtype = problem.rows.dtype
         start = _tree.flatten(params).astype(dtype)
-        answer = solve(
-            problem,
-            start,
-            budget,
-            ridges.astype(dtype),
-            exchanges,
-            tol.astype(dtype),
-            max_steps,
+        limits = limits._replace(
+            ridges=limits.ridges.astype(dtype), tol=limits.tol.astype(dtype)
         )
-        return _found(problem, answer)
+        return _found(problem, solve(problem, start, budget, limits))
 
     return variant
 
@@ -222,24 +211,16 @@ def _steps_by_gradient(
 
 
 def solve_on_support(
-    model: QuadraticModel,
-    params: Params,
-    budget: Budget,
-    ridges: Float[Array, "l"],
-    exchanges: Int[Array, ""],
-    tol: Scalar,
-    max_steps: Int[Array, ""],
+    model: QuadraticModel, params: Params, budget: Budget, limits: Limits
 ) -> Found:
     """Backsolve for curvatures that are no rows: blocks, products of layers.
 
     The support is that of the best of a few thresholded gradient steps.
     """
-    del exchanges, tol, max_steps
-    trials = _steps_by_gradient(model, params, budget, _middle(ridges))
+    trials = _steps_by_gradient(model, params, budget, _middle(limits.ridges))
     best = jnp.argmin(jnp.stack([model(x) for x, _ in trials]))
     mask = jax.tree.map(lambda *xs: jnp.stack(xs)[best], *[m for _, m in trials])
-
-    return refit(model, params, mask, ridges)
+    return refit(model, params, mask, limits.ridges)
 
 
 def refit(
@@ -257,8 +238,7 @@ def refit(
         refitted = _tree.where(usable, _tree.sub(masked, solved.value), masked)
         return Found(refitted, mask, jnp.bool_(True), solved.status)
 
-    answers = [solve(ridge) for ridge in ridges]
-    return jax.tree.map(lambda *xs: jnp.stack(xs), *answers)
+    return for_each(solve, ridges)
 
 
 _ROWS: dict[str, Callable[..., Found]] = {

@@ -2,13 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from sparserec import _linsolve, _tree, select
 from sparserec._types import Mask, Params, Scalar, Status
 from sparserec.budget import Budget
 from sparserec.quadratic import QuadraticModel
-from sparserec.solvers._chita_types import Found
+from sparserec.solvers._chita_types import Found, Limits, for_each
 
 
 def _repeat(params: Params, mask: Mask, number: int) -> Found:
@@ -20,18 +19,12 @@ def _repeat(params: Params, mask: Mask, number: int) -> Found:
 
 
 def magnitude(
-    model: QuadraticModel,
-    params: Params,
-    budget: Budget,
-    ridges: Float[Array, "l"],
-    exchanges: Int[Array, ""],
-    tol: Scalar,
-    max_steps: Int[Array, ""],
+    model: QuadraticModel, params: Params, budget: Budget, limits: Limits
 ) -> Found:
     """The largest weights, values untouched."""
-    del model, exchanges, tol, max_steps
+    del model
     mask = select.support(params, budget.counts, budget.groups)
-    return _repeat(_tree.keep(mask, params), mask, ridges.shape[0])
+    return _repeat(_tree.keep(mask, params), mask, limits.ridges.shape[0])
 
 
 def saliency_support(
@@ -48,13 +41,7 @@ def saliency_support(
 
 
 def independent_obs(
-    model: QuadraticModel,
-    params: Params,
-    budget: Budget,
-    ridges: Float[Array, "l"],
-    exchanges: Int[Array, ""],
-    tol: Scalar,
-    max_steps: Int[Array, ""],
+    model: QuadraticModel, params: Params, budget: Budget, limits: Limits
 ) -> Found:
     r"""Removes all weights of low OBS saliency at once, each as if it were alone.
 
@@ -64,7 +51,6 @@ def independent_obs(
     Source: Singh & Alistarh (2020), WoodFisher, for block-diagonal curvatures; Frantar
     et al. (2021), M-FAC, for the whole matrix.
     """
-    del exchanges, tol, max_steps
 
     def solve(ridge: Scalar) -> Found:
         mask, inverse = saliency_support(model, params, budget, ridge)
@@ -80,5 +66,4 @@ def independent_obs(
         moved = _tree.where(usable, _tree.sub(params, solved.value), params)
         return Found(_tree.keep(mask, moved), mask, jnp.bool_(True), solved.status)
 
-    answers = [solve(ridge) for ridge in ridges]
-    return jax.tree.map(lambda *xs: jnp.stack(xs), *answers)
+    return for_each(solve, limits.ridges)

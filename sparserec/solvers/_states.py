@@ -4,9 +4,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from sparserec import _tree
-from sparserec._run import State
+from sparserec import _tree, select
+from sparserec._run import Incumbent, State
 from sparserec._types import Mask, Params, Scalar, Status
+from sparserec.budget import Budget
+from sparserec.quadratic import Objective
 
 
 def begin(
@@ -43,6 +45,27 @@ def begin(
         failure=jnp.int32(Status.RUNNING),
         memory=memory,
     )
+
+
+def dense_start(
+    objective: Objective, params: Params, budget: Budget, args: tuple
+) -> tuple[State, Incumbent]:
+    """The dense params, for solvers whose last step always finds something better.
+
+    Args:
+      objective: what is minimised.
+      params: where to start.
+      budget: the final budget.
+      args: data of the loss.
+
+    Returns:
+      The state, and plain masking with an infinite loss as the point to fall back to.
+    """
+    mask = select.support(params, budget.counts, budget.groups)
+    value = objective.value(params, args)
+    state = begin(params, _tree.ones_mask(params), value, measured=False)
+    projection = _tree.keep(mask, params)
+    return state, Incumbent(projection, mask, jnp.full_like(value, jnp.inf))
 
 
 def relative_change(params: Params, before: Params) -> Scalar:

@@ -9,7 +9,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Int
 
 from sparserec import _tree, select
-from sparserec._run import Incumbent, Solver, State
+from sparserec._run import Solver, State
 from sparserec._solution import Solution
 from sparserec._types import LossFn, Mask, Params, Prunable, Status
 from sparserec.budget import Budget, matrices
@@ -49,17 +49,6 @@ def in_order(scores: Params) -> Params:
         return jax.lax.bitcast_convert_type((code - lowest) >> 1, x.dtype)
 
     return jax.tree.map(ordered, scores)
-
-
-def _init(
-    objective: Objective, params: Params, budget: Budget, args: tuple
-) -> tuple[State, Incumbent]:
-    mask = select.support(params, budget.counts, budget.groups)
-    projection = _tree.keep(mask, params)
-    value = objective.value(params, args)
-    state = _states.begin(params, _tree.ones_mask(params), value, measured=False)
-    # An infinite loss: whatever the last stage finds is better than the fallback.
-    return state, Incumbent(projection, mask, jnp.full_like(value, jnp.inf))
 
 
 def _ranking(scores: Params, alive: Mask, *, signed: bool) -> Params:
@@ -127,7 +116,7 @@ def oba_solver(
       The pair of init and step.
     """
     return Solver(
-        init=Partial(_init, objective),
+        init=Partial(_states.dense_start, objective),
         step=Partial(_step, objective, Options(stages, first_order)),
     )
 

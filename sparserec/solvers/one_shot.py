@@ -9,7 +9,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Int
 
 from sparserec import _linsolve, _tree, select
-from sparserec._run import Incumbent, Solver, State
+from sparserec._run import Solver, State
 from sparserec._solution import Solution
 from sparserec._types import LossFn, Mask, Params, Prunable, Scalar, Status
 from sparserec.budget import Budget, matrices
@@ -17,17 +17,6 @@ from sparserec.quadratic import CurvatureFn, Objective, QuadraticModel, hessian
 from sparserec.quadratic._model import MatrixCurvature
 from sparserec.solvers import _front, _states
 from sparserec.solvers._supports import eliminate
-
-
-def _init(
-    objective: Objective, params: Params, budget: Budget, args: tuple
-) -> tuple[State, Incumbent]:
-    mask = select.support(params, budget.counts, budget.groups)
-    projection = _tree.keep(mask, params)
-    value = objective.value(params, args)
-    state = _states.begin(params, _tree.ones_mask(params), value, measured=False)
-    # An infinite loss: whatever the step finds is better than the fallback.
-    return state, Incumbent(projection, mask, jnp.full_like(value, jnp.inf))
 
 
 def _done(
@@ -132,7 +121,7 @@ def obd(
     """
     return _front.solve(
         lambda objective, _: Solver(
-            Partial(_init, objective), Partial(_damage, objective)
+            Partial(_states.dense_start, objective), Partial(_damage, objective)
         ),
         loss_fn,
         params,
@@ -187,7 +176,8 @@ def obs(
     strength = jnp.asarray(damping)
     return _front.solve(
         lambda objective, _: Solver(
-            Partial(_init, objective), Partial(_surgery, objective, strength)
+            Partial(_states.dense_start, objective),
+            Partial(_surgery, objective, strength),
         ),
         loss_fn,
         params,
