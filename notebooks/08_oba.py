@@ -304,10 +304,17 @@ for index, (part, values) in enumerate({**share, "left out": missing}.items()):
 left.set_xticks(places, list(networks))
 left.set(ylabel="norm, relative to the exact score", title="parts of the OBA score")
 left.legend(fontsize="small")
-for (name, scores), marker in zip(predicted.items(), "osD^", strict=True):
-    label = f"{name}, {rank[name]:.2f}"
-    right.loglog(np.maximum(scores, 1e-6), np.maximum(true, 1e-6), marker, label=label)
-ends = np.array([1e-6, 10])
+LEAST = 1e-4  # what is below is drawn here
+for index, (name, scores) in enumerate(predicted.items()):
+    right.loglog(
+        np.maximum(scores, LEAST),
+        np.maximum(true, LEAST),
+        "osD^"[index],
+        ms=5,
+        zorder=4 - index,
+        label=f"{name}, {rank[name]:.2f}",
+    )
+ends = np.array([LEAST, 10])
 right.loglog(ends, ends, "k:", label="as predicted")
 right.set(xlabel="predicted rise of the loss", ylabel="true rise of the loss")
 right.set(title="one unit removed, rank correlation")
@@ -365,7 +372,7 @@ figure, (left, right) = plt.subplots(1, 2, width_ratios=[5, 4])
 plot.structure(groups, ax=left)
 left.set_title("what is cut together")
 bars = right.bar(list(hits), list(hits.values()), color=[f"C{i}" for i in range(5)])
-right.bar_label(bars, fmt="%.0f")
+right.bar_label(bars, fmt="%.0f", label_type="center")
 right.axhline(float(accuracy(params)), color="black", linewidth=0.8, linestyle=":")
 right.set(ylabel="test accuracy, %", ylim=(0, 105))
 right.tick_params(axis="x", labelrotation=30)

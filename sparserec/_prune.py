@@ -19,8 +19,10 @@ from sparserec._types import LossFn, Params, Prunable
 from sparserec.budget import Budget, matrices
 from sparserec.quadratic import Objective, QuadraticModel
 from sparserec.solvers import _front, _states
+from sparserec.solvers.chita import chita
 from sparserec.solvers.iht import iht
 from sparserec.solvers.iobs import iobs
+from sparserec.solvers.l0cd import l0cd
 from sparserec.solvers.oba import oba
 from sparserec.solvers.one_shot import obd, obs
 from sparserec.structure._gate_model import gate_model, gate_scores
@@ -72,8 +74,10 @@ def _by_magnitude(
 
 
 WEIGHT_METHODS: dict[str, tuple[Callable[..., Solution], dict[str, Any]]] = {
+    "chita": (chita, {"stages": 16, "schedule": "geometric"}),
     "iht": (iht, {}),
     "iobs": (iobs, {"schedule": "down"}),
+    "l0cd": (l0cd, {}),
     "magnitude": (_by_magnitude, {}),
     "oba": (oba, {"stages": 16}),
     "obd": (obd, {}),
@@ -117,8 +121,10 @@ UNIT_SCORES: dict[str, Callable[..., dict[str, np.ndarray]]] = {
 
 JOINT_METHODS: dict[str, Callable[..., Solution] | None] = {
     "joint": None,
-    "iobs": iobs,
+    "chita": chita,
     "iht": iht,
+    "iobs": iobs,
+    "l0cd": l0cd,
 }
 """Name -> solver that exchanges units within their groups at every stage."""
 
@@ -192,9 +198,10 @@ def prune(
     r"""Prunes a trained network to k weights, or to whole units within a cost.
 
     Without `structure`, single weights go: `"iobs"` (with `schedule="down"`),
-    `"oba"` (in 16 stages), `"iht"`, `"obd"`, `"obs"`, `"magnitude"`. With it, whole
-    units go: `"iobs"`, `"iht"` and `"joint"` solve for all of them together
-    (`structure.joint`; the first two also exchange units within groups by that
+    `"chita"` and `"oba"` (in 16 stages), `"iht"`, `"l0cd"` (for a few hundred weights
+    kept), `"obd"`, `"obs"`, `"magnitude"`. With it, whole units go: `"joint"`,
+    `"iobs"`, `"chita"`, `"iht"` and `"l0cd"` solve for all of them together
+    (`structure.joint`; all but the first also exchange units within groups by that
     solver), `"gates"`, `"oba"`, `"obd"`, `"taylor"`, `"magnitude"` rank single units.
 
     Args:

@@ -30,7 +30,13 @@ def model_of(n=10):
 # --- weights -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", sorted(WEIGHT_METHODS))
+def slowly(names, slow):
+    """Names as parameters, some of them marked slow: their solvers compile long."""
+    marks = {name: [pytest.mark.slow] if name in slow else [] for name in names}
+    return [pytest.param(name, marks=marks[name]) for name in sorted(names)]
+
+
+@pytest.mark.parametrize("method", slowly(WEIGHT_METHODS, {"chita", "l0cd"}))
 def test_every_method_keeps_k_weights_and_says_the_loss(method):
     model, w = model_of()
     solution = prune(model, w, 4, method=method)
@@ -95,8 +101,9 @@ def test_whole_units_go_within_the_cost(method):
 
 
 @pytest.mark.slow
-def test_a_solver_of_the_package_exchanges_units():
-    alone, together = by_units("joint"), by_units("iobs")
+@pytest.mark.parametrize("method", sorted(set(JOINT_METHODS) - {"joint"}))
+def test_a_solver_of_the_package_exchanges_units(method):
+    alone, together = by_units("joint"), by_units(method)
     assert together.objective <= 1.2 * alone.objective
 
 
