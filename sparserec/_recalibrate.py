@@ -30,15 +30,19 @@ def recalibrate(
     average $s \leftarrow \mu s + (1-\mu)\,s(\text{batch})$ is run from zero, and from
     one other value on the first batch, which gives $\mu$.
 
+    With linen,
+
     ```python
-    # linen
     def apply_fn(variables, x):
-        return model.apply(variables, x, train=True, mutable=["batch_stats"])
+        return network.apply(variables, x, train=True, mutable=["batch_stats"])
 
-    variables = sr.training.recalibrate(apply_fn, variables, batches)
+    variables = sparserec.training.recalibrate(apply_fn, variables, batches)
+    ```
 
-    # nnx: a module instead of variables
-    model = sr.training.recalibrate(lambda model, x: model(x), model, batches)
+    and with nnx, where a module takes the place of the variables,
+
+    ```python
+    model = sparserec.training.recalibrate(lambda model, x: model(x), model, batches)
     ```
 
     Args:

@@ -6,8 +6,11 @@ import pathlib
 import re
 
 import jax
+import jax.numpy as jnp
 import matplotlib as mpl
+import optax
 import pytest
+from flax import linen, nnx
 
 import sparserec
 
@@ -78,6 +81,53 @@ def test_the_blocks_of_a_page_run_in_order(page):
 )
 def test_every_example_of_the_readme_runs_on_its_own(line, source):
     execute(README, line, source, {})
+
+
+def public_functions():
+    """Every public function, once, under its qualified name."""
+    rooms = [sparserec, *(getattr(sparserec, name) for name in sparserec.__all__)]
+    found = {}
+    for room in filter(inspect.ismodule, rooms):
+        for name in room.__all__:
+            each = getattr(room, name)
+            if inspect.isfunction(each):
+                found[f"{each.__module__}.{name}"] = each
+    return found
+
+
+def docstring_blocks():
+    return [
+        pytest.param(source, id=name.removeprefix("sparserec."))
+        for name, function in public_functions().items()
+        for source in BLOCK.findall(inspect.getdoc(function) or "")
+    ]
+
+
+class Normalized(linen.Module):
+    @linen.compact
+    def __call__(self, x, train):
+        return linen.BatchNorm(use_running_average=not train)(x)
+
+
+def what_docstrings_speak_of():
+    """The names that examples in docstrings take as given."""
+    x = jnp.arange(6.0).reshape(3, 2)
+    network = Normalized()
+    return {
+        "sparserec": sparserec,
+        "optax": optax,
+        "network": network,
+        "variables": network.init(jax.random.key(0), x, train=False),
+        "model": nnx.BatchNorm(2, rngs=nnx.Rngs(0)),
+        "batches": [x],
+        "solution": sparserec.prune(lambda w: jnp.sum(w), x, 2, method="magnitude"),
+    }
+
+
+@pytest.mark.usefixtures("reader_session")
+@pytest.mark.parametrize("source", docstring_blocks())
+def test_every_example_in_a_docstring_runs(source):
+    exec(source, what_docstrings_speak_of())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
