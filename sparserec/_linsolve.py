@@ -10,7 +10,7 @@ import jax.scipy.linalg
 from jaxtyping import Array, Bool, Float, Int
 
 from sparserec import _tree
-from sparserec._types import PRECISION, Mask, Params, Scalar, Status
+from sparserec._types import PRECISION, Mask, Params, Scalar, Status, first_status
 
 
 class LinearSolve(NamedTuple):
@@ -105,11 +105,11 @@ def eigh(matrix: Float[Array, "n n"]) -> tuple[Float[Array, "n"], Float[Array, "
 
 def direct_status(succeeded: Bool[Array, ""], value: Params) -> Int[Array, ""]:
     """Status of a factorisation: not positive definite, not finite, or converged."""
-    verdict = jnp.where(
-        _tree.all_finite(value), int(Status.CONVERGED), int(Status.NONFINITE)
-    )
-    return jnp.where(succeeded, verdict, int(Status.NOT_POSITIVE_DEFINITE)).astype(
-        jnp.int32
+    finite = _tree.all_finite(value)
+    return first_status(
+        (~succeeded, Status.NOT_POSITIVE_DEFINITE),
+        (~finite, Status.NONFINITE),
+        (finite, Status.CONVERGED),
     )
 
 
@@ -214,22 +214,12 @@ def conjugate_gradients(
         preconditioned = _tree.keep(mask, apply_inverse(residual))
         energy = _tree.dot(residual, preconditioned)
         ratio = energy / jnp.where(state.energy > 0, state.energy, 1)
-        converged = _tree.dot(residual, residual) <= threshold
         steps = state.steps + 1
-        status = jnp.where(
-            ~jnp.isfinite(curvature),
-            int(Status.NONFINITE),
-            jnp.where(
-                ~positive,
-                int(Status.NOT_POSITIVE_DEFINITE),
-                jnp.where(
-                    converged,
-                    int(Status.CONVERGED),
-                    jnp.where(
-                        steps >= max_steps, int(Status.MAX_STEPS), int(Status.RUNNING)
-                    ),
-                ),
-            ),
+        status = first_status(
+            (~jnp.isfinite(curvature), Status.NONFINITE),
+            (~positive, Status.NOT_POSITIVE_DEFINITE),
+            (_tree.dot(residual, residual) <= threshold, Status.CONVERGED),
+            (steps >= max_steps, Status.MAX_STEPS),
         )
         return _CGState(
             value=value,
@@ -238,7 +228,7 @@ def conjugate_gradients(
             energy=energy,
             stiffest=jnp.maximum(state.stiffest, stiffness),
             steps=steps,
-            status=status.astype(jnp.int32),
+            status=status,
         )
 
     nothing_to_do = _tree.dot(target, target) <= 0
@@ -249,9 +239,7 @@ def conjugate_gradients(
         energy=_tree.dot(target, first),
         stiffest=jnp.zeros((), _tree.dtype(target)),
         steps=jnp.zeros((), jnp.int32),
-        status=jnp.where(
-            nothing_to_do, int(Status.CONVERGED), int(Status.RUNNING)
-        ).astype(jnp.int32),
+        status=first_status((nothing_to_do, Status.CONVERGED)),
     )
     end = while_loop(
         lambda state: state.status == Status.RUNNING, body, start, on_host=on_host

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Int
 from sparserec import _tree
 from sparserec._linsolve import while_loop
 from sparserec._solution import History, Solution
-from sparserec._types import Count, Mask, Params, Scalar, Status
+from sparserec._types import Count, Mask, Params, Scalar, Status, first_status
 from sparserec.budget import Budget
 
 
@@ -109,13 +109,11 @@ def _start(
 ) -> _Progress:
     state, incumbent = solver.init(params, budget, args)
     blank = jnp.full(max_steps, jnp.nan, state.objective.dtype)
-    bad = ~jnp.isfinite(state.objective)
-    status = jnp.where(bad, int(Status.NONFINITE), int(Status.RUNNING))
     return _Progress(
         state=state,
         incumbent=incumbent,
         iterations=jnp.zeros((), jnp.int32),
-        status=status.astype(jnp.int32),
+        status=first_status((~jnp.isfinite(state.objective), Status.NONFINITE)),
         history=History(blank, blank, blank, blank),
         signatures=jnp.zeros(max_steps, jnp.uint32),
     )
@@ -145,33 +143,16 @@ def _advance(
     better = finite & state.settled & improved
     attempt = jnp.asarray(state.attempt).astype(jnp.uint32)
     signature = _signature(state.mask) + attempt * jnp.uint32(2654435769)
-    history = progress.history
-    earlier = jnp.arange(max_steps, dtype=jnp.int32) < index - 1
-    returned = earlier & (progress.signatures == signature)
-    last = jnp.maximum(index - 1, 0)
-    cycled = (
-        state.settled
-        & (signature != progress.signatures[last])
-        & jnp.any(returned & (history.objective <= state.objective))
-    )
     converged = (
         state.settled & (state.change <= tol) & (state.stationarity <= jnp.sqrt(tol))
     )
-    done = index + 1 >= max_steps
-    verdicts = [
+    status = first_status(
         (state.failure != Status.RUNNING, state.failure),
         (~finite, Status.NONFINITE),
         (converged, Status.CONVERGED),
-        (cycled & comparable, Status.CYCLED),
-        (done, Status.MAX_STEPS),
-    ]
-    status = jnp.select(
-        [condition for condition, _ in verdicts],
-        [jnp.asarray(code, jnp.int32) for _, code in verdicts],
-        jnp.asarray(Status.RUNNING, jnp.int32),
+        (comparable & _cycled(progress, state, signature), Status.CYCLED),
+        (index + 1 >= max_steps, Status.MAX_STEPS),
     )
-    dtype = history.objective.dtype
-    alive = kept(state.mask, budget.groups).astype(dtype)
     return _Progress(
         state=state,
         incumbent=Incumbent(
@@ -181,13 +162,37 @@ def _advance(
         ),
         iterations=index + 1,
         status=status,
-        history=History(
-            objective=history.objective.at[index].set(state.objective),
-            change=history.change.at[index].set(state.change.astype(dtype)),
-            kept=history.kept.at[index].set(alive),
-            damping=history.damping.at[index].set(state.damping.astype(dtype)),
-        ),
+        history=_recorded(progress.history, index, state, budget),
         signatures=progress.signatures.at[index].set(signature),
+    )
+
+
+def _cycled(progress: _Progress, state: State, signature: Array) -> Bool[Array, ""]:
+    """Whether an earlier support is back, and the objective was no higher then."""
+    index, history = progress.iterations, progress.history
+    steps = jnp.arange(progress.signatures.shape[0], dtype=jnp.int32)
+    returned = (steps < index - 1) & (progress.signatures == signature)
+    last = jnp.maximum(index - 1, 0)
+    return (
+        state.settled
+        & (signature != progress.signatures[last])
+        & jnp.any(returned & (history.objective <= state.objective))
+    )
+
+
+def _recorded(
+    history: History, index: Int[Array, ""], state: State, budget: Budget
+) -> History:
+    """The history with what this step brought."""
+    dtype = history.objective.dtype
+    entries = History(
+        objective=state.objective,
+        change=state.change,
+        kept=kept(state.mask, budget.groups),
+        damping=state.damping,
+    )
+    return jax.tree.map(
+        lambda past, entry: past.at[index].set(entry.astype(dtype)), history, entries
     )
 
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
-from jaxtyping import Array, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 Params: TypeAlias = Any
 """A pytree of floating arrays: a dict, an nnx `State`, nested tuples, one array."""
@@ -49,3 +50,12 @@ class Status(enum.IntEnum):
     NONFINITE = 3
     NOT_POSITIVE_DEFINITE = 4
     CYCLED = 5
+
+
+def first_status(
+    *verdicts: tuple[Bool[Array, ""], Status | Int[Array, ""]],
+) -> Int[Array, ""]:
+    """The code of the first condition that holds, int32; `RUNNING` if none does."""
+    conditions, codes = zip(*verdicts, strict=True)
+    codes = [jnp.asarray(code, jnp.int32) for code in codes]
+    return jnp.select(conditions, codes, jnp.asarray(Status.RUNNING, jnp.int32))

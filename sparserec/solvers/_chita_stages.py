@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from sparserec import _linsolve, _tree
 from sparserec._run import State
-from sparserec._types import Params, Scalar, Status
+from sparserec._types import Params, Scalar, first_status
 from sparserec.budget import Budget
 from sparserec.quadratic import Objective, QuadraticModel
 from sparserec.solvers import _states
@@ -172,5 +172,5 @@ def _next_state(
         stationarity=state.stationarity,
         damping=ridge.astype(state.damping.dtype),
         settled=jnp.all(now.counts == budget.counts),
-        failure=jnp.where(failed, found.status, int(Status.RUNNING)).astype(jnp.int32),
+        failure=first_status((failed, found.status)),
     )

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Int
 
 from sparserec import _linsolve, _tree, select
 from sparserec._run import Incumbent, State
-from sparserec._types import Mask, Params, Scalar, Status
+from sparserec._types import Mask, Params, Scalar, Status, first_status
 from sparserec.budget import Budget
 from sparserec.quadratic import (
     MatrixFree,
@@ -218,9 +218,7 @@ def _next_state(
         stationarity=stationarity if measured else jnp.zeros_like(stationarity),
         damping=memory.damping,
         settled=jnp.all(now.counts == budget.counts),
-        failure=jnp.where(
-            failed, int(Status.NOT_POSITIVE_DEFINITE), int(Status.RUNNING)
-        ).astype(jnp.int32),
+        failure=first_status((failed, Status.NOT_POSITIVE_DEFINITE)),
         memory=_Memory(
             damping=damping,
             scale=memory.scale,

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 from sparserec import _tree, select
 from sparserec._run import Solver, State
 from sparserec._solution import Solution
-from sparserec._types import LossFn, Mask, Params, Prunable, Status
+from sparserec._types import LossFn, Mask, Params, Prunable, Status, first_status
 from sparserec.budget import Budget, matrices
 from sparserec.quadratic import Objective, QuadraticModel
 from sparserec.saliency._data import CurvatureChoice, mean_over, resolve
@@ -96,9 +96,7 @@ def _step(
         stationarity=state.stationarity,
         damping=state.damping,
         settled=settled,
-        failure=jnp.where(finite, int(Status.RUNNING), int(Status.NONFINITE)).astype(
-            jnp.int32
-        ),
+        failure=first_status((~finite, Status.NONFINITE)),
     )
 
 

@@ -11,7 +11,15 @@ from jaxtyping import Array, Int
 from sparserec import _linsolve, _tree, select
 from sparserec._run import Solver, State
 from sparserec._solution import Solution
-from sparserec._types import LossFn, Mask, Params, Prunable, Scalar, Status
+from sparserec._types import (
+    LossFn,
+    Mask,
+    Params,
+    Prunable,
+    Scalar,
+    Status,
+    first_status,
+)
 from sparserec.budget import Budget, matrices
 from sparserec.quadratic import CurvatureFn, Objective, QuadraticModel, hessian
 from sparserec.quadratic._model import MatrixCurvature
@@ -77,11 +85,8 @@ def _surgery(
     largest = select.support(state.params, budget.counts, budget.groups)
     mask = _tree.where(succeeded, mask, largest)
     params = _tree.keep(mask, _tree.where(succeeded, params, state.params))
-    failure = jnp.where(
-        succeeded, int(Status.RUNNING), int(Status.NOT_POSITIVE_DEFINITE)
-    )
-    value = objective.value(params, args)
-    return _done(state, params, mask, value, failure.astype(jnp.int32))
+    failure = first_status((~succeeded, Status.NOT_POSITIVE_DEFINITE))
+    return _done(state, params, mask, objective.value(params, args), failure)
 
 
 def obd(
