@@ -27,11 +27,13 @@ from sparserec.select import apply_mask
 from sparserec.solvers._chita_path import chita_path, compress_rows
 from sparserec.solvers._descent import Descent
 from sparserec.solvers.chita import chita
+from sparserec.solvers.greedy import foba, omp
 from sparserec.solvers.iht import iht, iht_solver
 from sparserec.solvers.iobs import iobs
 from sparserec.solvers.l0cd import Certificate, certificate, l0cd
 from sparserec.solvers.oba import oba
 from sparserec.solvers.one_shot import obd, obs
+from sparserec.solvers.pursuit import cosamp, grasp, htp, splicing, subspace_pursuit
 
 __version__ = importlib.metadata.version("sparserec")
 
@@ -52,6 +54,10 @@ __all__ = [
     "chita",
     "chita_path",
     "compress_rows",
+    "cosamp",
+    "foba",
+    "grasp",
+    "htp",
     "iht",
     "iht_solver",
     "iobs",
@@ -62,6 +68,7 @@ __all__ = [
     "oba",
     "obd",
     "obs",
+    "omp",
     "plot",
     "problems",
     "prune",
@@ -71,7 +78,9 @@ __all__ = [
     "run",
     "saliency",
     "select",
+    "splicing",
     "structure",
+    "subspace_pursuit",
     "theory",
     "training",
 ]
