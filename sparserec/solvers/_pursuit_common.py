@@ -172,7 +172,7 @@ def begin(
     largest = selection.mask(top)
     projection = _tree.keep(largest, params)
     value = objective.value(projection, args)
-    free = selection.owner < 0
+    free = jnp.asarray(selection.owner < 0)
     chosen = free | (top & (sizes > 0)) if options.warm else free
     mask = selection.mask(chosen)
     model = objective.model(_tree.keep(mask, params), args)

@@ -22,6 +22,8 @@ from sparserec.solvers._pursuit_common import Memory, Options, View
 from sparserec.solvers._refit import refit
 from sparserec.solvers._selection import Selection
 
+_REFITTED = 1e-3
+
 
 class Remaining(NamedTuple):
     r"""The curvature that the support leaves to every weight.
@@ -193,7 +195,9 @@ def _foba_step(
     gains = memory.extra
     size = jnp.sum(selection.count(memory.chosen, budget))
     worst, cost = _cheapest(objective, selection, view, memory, state, args)
-    backward = (size > 0) & (cost < share * gains[size])
+    # Where a refit got stuck, gains and costs are no longer those of optimal values.
+    refitted = state.stationarity <= _REFITTED
+    backward = refitted & (size > 0) & (cost < share.astype(cost.dtype) * gains[size])
     best, found = _best_outside(selection, view.gain, memory.chosen, budget)
     forward = found & ~backward
     chosen = memory.chosen.at[best].max(forward)
