@@ -7,6 +7,7 @@ may stay; a solver chooses the support and the values; the answer is a `Solution
 import importlib.metadata
 
 from sparserec import (
+    losses,
     plot,
     problems,
     quadratic,
@@ -63,6 +64,7 @@ __all__ = [
     "iobs",
     "keep",
     "l0cd",
+    "losses",
     "make_budget",
     "matrices",
     "oba",

@@ -135,7 +135,10 @@ def refit(
         )
         trial = _tree.add(fit.params, solved.value)
         value = objective.value(trial, args)
-        accepted = _linsolve.usable(solved.status) & (value <= fit.value + scales.loss)
+        # At an optimum a step is noise, which a singular curvature would blow up.
+        there = slope <= small
+        falls = _linsolve.usable(solved.status) & (value <= fit.value + scales.loss)
+        accepted = falls & ~there
         # Steps that are full and solved exactly leave the square of the slope.
         full = accepted & (shift <= floor) & (scales.damping == 0)
         stored = objective.is_quadratic and not by_products(model.curvature)
@@ -154,7 +157,7 @@ def refit(
                 accepted, jnp.maximum(shift / _RAISE, floor), _RAISE * shift
             ),
             rounds=state.rounds + 1,
-            done=ends | hopeless | (slope <= small) | ~jnp.isfinite(fit.value),
+            done=there | ends | hopeless | ~jnp.isfinite(fit.value),
         )
 
     value = objective.value(start, args)
