@@ -323,8 +323,8 @@ def test_start_is_the_first_support():
 def test_one_compilation_for_neighboring_budgets_and_data(name):
     solve(name, *regression()[:2])
     programs = cast(Any, _run_compiled)._cache_size()
-    for k in (0, 1, 2, np.int32(5)):
-        solve(name, *regression(k)[:2], k)
+    for seed, k in enumerate((0, 1, 2, np.int32(5))):
+        solve(name, *regression(seed)[:2], cast(Any, k))
     assert cast(Any, _run_compiled)._cache_size() == programs
 
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
@@ -50,7 +49,7 @@ class Options:
     """
 
     slots: int
-    propose: Callable[..., Array] | None = None
+    propose: Any = None
     warm: bool = True
     merge: int = 1
     local: bool = True
@@ -66,16 +65,16 @@ def solve(
     groups: Params | None,
     damping: Scalar | float,
     prunable: Prunable,
-    max_steps: int | None,
-    passes: int = 1,
+    max_steps: Any,
+    passes: int | None = None,
     choices: Mapping[str, Any] = types.MappingProxyType({}),
     **common: Any,
 ) -> Solution:
     """The way from the user's call to a `Solution` that the family shares.
 
     `choices` are those of `Options`. Shapes follow from k where it is known: places
-    for the members of a support, and for the solvers that take one unit a step
-    (`max_steps` is `None`) the steps.
+    for the members of a support, and for the solvers that pass over the units one
+    by one, `passes` times at most, the steps.
     """
     selection, budget = make_selection(k, params, prunable, groups)
     _front.check_weight("damping", damping)
@@ -83,7 +82,7 @@ def solve(
     times = 1 + choices.get("merge", 0)
     merged = None if counts is None else [times * count for count in counts]
     slots = rounded(most_entries(selection, budget, merged), selection.layout.size)
-    if max_steps is None:
+    if passes is not None and max_steps is None:
         units = sum(budget.sizes if counts is None else counts)
         max_steps = passes * rounded(units + 1, sum(budget.sizes) + 1)
     options = Options(slots, **choices)
@@ -103,8 +102,10 @@ def solve(
 
 def check_exchange(exchange: Any) -> None:
     """Raises unless the largest exchange is an integer of at least one."""
+    if isinstance(exchange, jax.Array) and exchange.ndim == 0:
+        exchange = exchange if isinstance(exchange, Tracer) else exchange.item()
     if not isinstance(exchange, Tracer):
-        _front.check_positive_int("exchange", np.asarray(exchange)[()])
+        _front.check_positive_int("exchange", exchange)
 
 
 class Memory(NamedTuple):

@@ -95,13 +95,14 @@ def make_selection(
       ValueError: labels of another structure, or shared by leaves with budgets of
         their own; see `make_budget`.
     """
-    layout = _tree.layout(params)
     if groups is None:
         budget = make_budget(k, params, prunable)
+        layout = _tree.layout(params)
         return Selection(None, layout, layout, budget.groups), budget
     # Zero weights are within any budget: only paths and types are looked at here.
     names = dict.fromkeys(k, 0) if isinstance(k, Mapping) else 0
     owners = make_budget(names, params, prunable).groups
+    layout = _tree.layout(params)
     labels = _check_labels(groups, layout)
     number = max(owners) + 1
     members = [

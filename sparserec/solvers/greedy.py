@@ -83,6 +83,7 @@ def omp(
         batch_size=batch_size,
         tol=tol,
         max_steps=max_steps,
+        passes=1,
         choices={
             "warm": False,
             "exact": rule == "gain" and stored and groups is None,
