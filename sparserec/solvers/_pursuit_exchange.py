@@ -112,7 +112,6 @@ def _step(
     args: tuple,
     index: Int[Array, ""],
 ) -> State:
-    del index
     view, memory = _pursuit_common.look(objective, selection, state, args)
     chosen = options.propose(
         objective, selection, options, extra, view, memory, budget, args
@@ -136,7 +135,8 @@ def _step(
         selection,
         memory._replace(chosen=chosen, refused=refused),
         accepted=accepted,
-        final=same | (refused > MOST_REFUSED),
+        # The first step does not see how far the refit of the start has moved it.
+        final=(same | (refused > MOST_REFUSED)) & (index > 0),
     )
 
 
