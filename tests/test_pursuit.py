@@ -475,3 +475,13 @@ def test_groups_with_budgets_of_their_own():
         assert kept[[0, 1, 20, 21]].all()
         assert (kept[:20].sum(), kept[20:].sum()) == (2, 4)
         np.testing.assert_array_equal(kept[::2], kept[1::2])
+
+
+@pytest.mark.slow
+def test_groups_inside_an_outer_program():
+    design, response, _ = regression(7)
+    expected = solve("htp", design, response, 2, groups=LABELS)
+    outer = jax.jit(lambda m: sparserec.htp(m, jnp.zeros(SIZE), 2, groups=LABELS))(
+        model_of(design, response)
+    )
+    np.testing.assert_array_equal(outer.mask, expected.mask)

@@ -30,7 +30,7 @@ from sparserec.solvers._selection import (
     most_entries,
 )
 
-Count = int | Array | Mapping[str, int | Array]
+UnitCount = int | Array | Mapping[str, int | Array]
 """Units to keep: in all, or by leaf path."""
 
 
@@ -60,7 +60,7 @@ def solve(
     make_solver: Callable[..., Solver],
     loss_fn: LossFn | QuadraticModel,
     params: Params,
-    k: Count,
+    k: UnitCount,
     *,
     groups: Params | None,
     damping: Scalar | float,

@@ -39,7 +39,7 @@ class Selection:
         static.
     """
 
-    unit: Int[Array, "n"] | None
+    unit: Int[Array | np.ndarray, "n"] | None
     layout: _tree.Layout
     units: _tree.Layout
     owners: tuple[int, ...]
@@ -55,11 +55,13 @@ class Selection:
         flat = _tree.flatten(terms)
         if self.unit is None:
             return flat
-        return jax.ops.segment_sum(flat, self.unit, self.units.size)
+        return jax.ops.segment_sum(flat, jnp.asarray(self.unit), self.units.size)
 
     def mask(self, chosen: Bool[Array, "u"]) -> Mask:
         """The mask that keeps the weights of the chosen units."""
-        return self.layout.split(chosen if self.unit is None else chosen[self.unit])
+        if self.unit is None:
+            return self.layout.split(chosen)
+        return self.layout.split(chosen[jnp.asarray(self.unit)])
 
     def top(
         self, scores: Float[Array, "u"], counts: Int[Array, "g"]
@@ -102,47 +104,52 @@ def make_selection(
     # Zero weights are within any budget: only paths and types are looked at here.
     names = dict.fromkeys(k, 0) if isinstance(k, Mapping) else 0
     owners = make_budget(names, params, prunable).groups
-    layout = _tree.layout(params)
-    labels = _check_labels(groups, layout)
-    number = max(owners) + 1
-    members = [
-        np.unique([x for y, o in zip(labels, owners, strict=True) if o == g for x in y])
-        for g in range(number)
+    selection = _grouped(groups, _tree.layout(params), owners)
+    if isinstance(k, Mapping):
+        named = dict(zip(owners, _tree.paths(params), strict=True))
+        wanted = [(k[named[g]], f"k[{named[g]!r}]") for g in range(max(owners) + 1)]
+    else:
+        wanted = [(k, "k")]
+    sizes = tuple(size for (size,) in selection.units.shapes[: len(wanted)])
+    counts = [
+        check_count(value, size, label, f"{size} groups")
+        for (value, label), size in zip(wanted, sizes, strict=True)
     ]
-    shared = functools.reduce(np.union1d, members).size < sum(x.size for x in members)
-    if shared:
+    return selection, Budget(jnp.stack(counts), owners, sizes)
+
+
+def _grouped(
+    groups: Params, layout: _tree.Layout, owners: tuple[int, ...]
+) -> Selection:
+    """Groups as units, in the order of their labels; one more for what is always in."""
+    labels = list(zip(_check_labels(groups, layout), owners, strict=True))
+    members = [
+        np.unique(np.concatenate([x for x, owner in labels if owner == g]))
+        for g in range(max(owners) + 1)
+    ]
+    sizes = [x.size for x in members]
+    if functools.reduce(np.union1d, members).size < sum(sizes):
         raise ValueError(
             "leaves with budgets of their own (`k` is a mapping) must not share a "
             "label in `groups`: a group is counted once. Give each leaf labels of "
             "its own."
         )
-    begins = np.cumsum([0, *(x.size for x in members)])
+    begins = np.cumsum([0, *sizes])
     unit = [
-        begins[-1] + np.zeros(x.size, int)
+        np.full(x.size, begins[-1])
         if owner < 0
         else begins[owner] + np.searchsorted(members[owner], x)
-        for x, owner in zip(labels, owners, strict=True)
+        for x, owner in labels
     ]
     fixed = -1 in owners
-    shapes = [(x.size,) for x in members] + [(1,)] * fixed
-    units = _tree.Layout(jax.tree.structure((0,) * len(shapes)), tuple(shapes))
-    selection = Selection(
-        unit=jnp.asarray(np.concatenate(unit), jnp.int32),
+    shapes = tuple((size,) for size in [*sizes, *([1] * fixed)])
+    return Selection(
+        # NumPy, so that inside a program its values are still there.
+        unit=np.concatenate(unit).astype(np.int32),
         layout=layout,
-        units=units,
-        owners=(*range(number), *([-1] * fixed)),
+        units=_tree.Layout(jax.tree.structure((0,) * len(shapes)), shapes),
+        owners=(*range(len(sizes)), *([-1] * fixed)),
     )
-    sizes = tuple(x.size for x in members)
-    if isinstance(k, Mapping):
-        named = {owners[i]: name for i, name in enumerate(_tree.paths(params))}
-        keys = [(k[named[g]], f"k[{named[g]!r}]") for g in range(number)]
-    else:
-        keys = [(k, "k")]
-    counts = [
-        check_count(value, size, label, f"{size} groups")
-        for (value, label), size in zip(keys, sizes, strict=True)
-    ]
-    return selection, Budget(jnp.stack(counts), owners, sizes)
 
 
 def _check_labels(groups: Params, layout: _tree.Layout) -> list[np.ndarray]:

@@ -13,14 +13,14 @@ from sparserec._types import LossFn, Params, Prunable, Scalar
 from sparserec.budget import matrices
 from sparserec.quadratic import CurvatureFn, QuadraticModel, hessian
 from sparserec.solvers import _front, _pursuit_common
-from sparserec.solvers._pursuit_common import Count
+from sparserec.solvers._pursuit_common import UnitCount
 from sparserec.solvers._pursuit_forward import foba_solver, omp_solver
 
 
 def omp(
     loss_fn: LossFn | QuadraticModel,
     params: Params,
-    k: Count,
+    k: UnitCount,
     *,
     args: tuple = (),
     rule: Literal["correlation", "gain"] = "correlation",
@@ -94,7 +94,7 @@ def omp(
 def foba(
     loss_fn: LossFn | QuadraticModel,
     params: Params,
-    k: Count,
+    k: UnitCount,
     *,
     args: tuple = (),
     share: Scalar | float = 0.5,

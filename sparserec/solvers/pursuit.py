@@ -14,7 +14,7 @@ from sparserec._types import LossFn, Params, Prunable, Scalar
 from sparserec.budget import matrices
 from sparserec.quadratic import CurvatureFn, QuadraticModel, hessian
 from sparserec.solvers import _pursuit_common
-from sparserec.solvers._pursuit_common import Count
+from sparserec.solvers._pursuit_common import UnitCount
 from sparserec.solvers._pursuit_exchange import (
     by_merging,
     by_splicing,
@@ -26,7 +26,7 @@ from sparserec.solvers._pursuit_exchange import (
 def htp(
     loss_fn: LossFn | QuadraticModel,
     params: Params,
-    k: Count,
+    k: UnitCount,
     *,
     args: tuple = (),
     curvature: CurvatureFn = hessian,
@@ -104,7 +104,7 @@ def htp(
 def subspace_pursuit(
     loss_fn: LossFn | QuadraticModel,
     params: Params,
-    k: Count,
+    k: UnitCount,
     *,
     args: tuple = (),
     curvature: CurvatureFn = hessian,
@@ -166,7 +166,7 @@ def subspace_pursuit(
 def cosamp(
     loss_fn: LossFn | QuadraticModel,
     params: Params,
-    k: Count,
+    k: UnitCount,
     *,
     args: tuple = (),
     curvature: CurvatureFn = hessian,
@@ -223,7 +223,7 @@ def cosamp(
 def grasp(
     loss_fn: LossFn | QuadraticModel,
     params: Params,
-    k: Count,
+    k: UnitCount,
     *,
     args: tuple = (),
     curvature: CurvatureFn = hessian,
@@ -281,7 +281,7 @@ def grasp(
 def splicing(
     loss_fn: LossFn | QuadraticModel,
     params: Params,
-    k: Count,
+    k: UnitCount,
     *,
     args: tuple = (),
     exchange: int | Array = 5,
