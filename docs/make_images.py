@@ -172,6 +172,66 @@ def recovery():
     save(figure, "recovery")
 
 
+# --- the pursuit family where recovery ends ------------------------------------------
+
+
+def pursuit():
+    n, p, trials = 60, 150, 40
+    counts = np.arange(3, 34, 3)
+    start = jnp.zeros(p)
+    solvers = {
+        "iht": (functools.partial(sparserec.iht, max_steps=2000, tol=1e-9), GREY, ":"),
+        "omp": (sparserec.omp, "#CC79A7", ":"),
+        "htp": (sparserec.htp, RED, "--"),
+        "subspace_pursuit": (sparserec.subspace_pursuit, "#56B4E9", "--"),
+        "cosamp": (sparserec.cosamp, "#E69F00", "--"),
+        "splicing": (sparserec.splicing, GREEN, "-"),
+        'iobs, schedule="up"': (
+            functools.partial(sparserec.iobs, schedule="up"),
+            BLUE,
+            "-",
+        ),
+        "l0cd": (functools.partial(sparserec.l0cd, max_kept=36), "black", "-"),
+    }
+
+    def solved(solve, *, signs):
+        def trial(key, k):
+            problem = problems.gaussian_design(key, n, p, k)
+            coefficients = problem.coefficients
+            size = jnp.abs(coefficients)
+            coefficients = jnp.sign(coefficients)
+            if not signs:
+                # From 0.5 + |z|, with z normal, back to z.
+                coefficients = coefficients * jnp.maximum(size - 0.5, 0)
+            model = quadratic.least_squares(
+                problem.design, problem.design @ coefficients
+            )
+            return jnp.all(solve(model, start, k).mask == (coefficients != 0))
+
+        keys = jax.random.split(jax.random.key(8), trials)
+        run = over_trials(trial)
+        return 100 * np.asarray(
+            [np.mean(run(keys, jnp.full(trials, k))) for k in counts]
+        )
+
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    titles = ("values of +1 and -1", "values of very different size")
+    for ax, signs, title in zip(panels, (True, False), titles, strict=True):
+        for name, (solve, color, style) in solvers.items():
+            rates = solved(solve, signs=signs)
+            print(title, name, dict(zip(counts.tolist(), rates.tolist(), strict=True)))
+            ax.plot(counts / n, rates, style, color=color, lw=1.6, label=name)
+        ax.set_title(title, fontsize="medium")
+        ax.set_xlabel("nonzero weights per example, k/n")
+        ax.set_ylim(-3, 103)
+        tidy(ax)
+    panels[0].set_ylabel(f"support found, % of {trials} problems")
+    lines = panels[0].get_legend_handles_labels()
+    figure.legend(*lines, frameon=False, loc="outside upper center", ncols=4)
+    save(figure, "pursuit")
+
+
 # --- budgets as pictures -------------------------------------------------------------
 
 
@@ -280,6 +340,7 @@ def structure():
 PICTURES = {
     "convergence": convergence,
     "recovery": recovery,
+    "pursuit": pursuit,
     "masks": masks,
     "structure": structure,
 }

@@ -7,6 +7,7 @@ may stay; a solver chooses the support and the values; the answer is a `Solution
 import importlib.metadata
 
 from sparserec import (
+    losses,
     plot,
     problems,
     quadratic,
@@ -27,11 +28,13 @@ from sparserec.select import apply_mask
 from sparserec.solvers._chita_path import chita_path, compress_rows
 from sparserec.solvers._descent import Descent
 from sparserec.solvers.chita import chita
+from sparserec.solvers.greedy import foba, omp
 from sparserec.solvers.iht import iht, iht_solver
 from sparserec.solvers.iobs import iobs
 from sparserec.solvers.l0cd import Certificate, certificate, l0cd
 from sparserec.solvers.oba import oba
 from sparserec.solvers.one_shot import obd, obs
+from sparserec.solvers.pursuit import cosamp, grasp, htp, splicing, subspace_pursuit
 
 __version__ = importlib.metadata.version("sparserec")
 
@@ -52,16 +55,22 @@ __all__ = [
     "chita",
     "chita_path",
     "compress_rows",
+    "cosamp",
+    "foba",
+    "grasp",
+    "htp",
     "iht",
     "iht_solver",
     "iobs",
     "keep",
     "l0cd",
+    "losses",
     "make_budget",
     "matrices",
     "oba",
     "obd",
     "obs",
+    "omp",
     "plot",
     "problems",
     "prune",
@@ -71,7 +80,9 @@ __all__ = [
     "run",
     "saliency",
     "select",
+    "splicing",
     "structure",
+    "subspace_pursuit",
     "theory",
     "training",
 ]

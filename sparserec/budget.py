@@ -143,7 +143,7 @@ def make_budget(
     sizes = [x.size for x in jax.tree.leaves(params)]
     if not isinstance(k, Mapping):
         total = sum(s for s, c in zip(sizes, chosen, strict=True) if c)
-        count = _check_count(k, total, "k", f"{total} prunable weights")
+        count = check_count(k, total, "k", f"{total} prunable weights")
         return Budget(count[None], tuple(0 if c else -1 for c in chosen), (total,))
     names = _tree.paths(params)
     known = [n for n, c in zip(names, chosen, strict=True) if c]
@@ -157,12 +157,12 @@ def make_budget(
     for name, size in zip(names, sizes, strict=True):
         groups.append(len(counts) if name in k else -1)
         if name in k:
-            counts.append(_check_count(k[name], size, f"k[{name!r}]", f"leaf {name!r}"))
+            counts.append(check_count(k[name], size, f"k[{name!r}]", f"leaf {name!r}"))
             group_sizes.append(size)
     return Budget(jnp.stack(counts), tuple(groups), tuple(group_sizes))
 
 
-def _check_count(k: Any, size: int, label: str, what: str) -> Array:
+def check_count(k: Any, size: int, label: str, what: str) -> Array:
     """An int32 scalar, or an exception that says what to write instead."""
     dtype = getattr(k, "dtype", None)
     is_bool = isinstance(k, bool) or (

@@ -10,8 +10,12 @@ import pytest
 import sparserec
 from sparserec import SolveError, Status, quadratic
 
-SOLVERS = {"iht": sparserec.iht, "iobs": sparserec.iobs}
-both = pytest.mark.parametrize("solve", SOLVERS.values(), ids=SOLVERS)
+SOLVERS = {
+    "iht": sparserec.iht,
+    "iobs": sparserec.iobs,
+    "splicing": sparserec.splicing,
+}
+every = pytest.mark.parametrize("solve", SOLVERS.values(), ids=SOLVERS)
 
 TRACES = []
 
@@ -37,7 +41,7 @@ def refused(error, words, call, *args, **options):
 # --- budgets -------------------------------------------------------------------------
 
 
-@both
+@every
 @pytest.mark.parametrize(
     ("k", "error", "words"),
     [
@@ -61,7 +65,7 @@ def test_wrong_budget(solve, k, error, words):
     refused(error, words, solve, loss, PARAMS, k, args=ARGS)
 
 
-@both
+@every
 @pytest.mark.parametrize(
     ("params", "error", "words"),
     [
@@ -77,7 +81,7 @@ def test_wrong_params(solve, params, error, words):
     refused(error, words, solve, loss, params, 1, args=ARGS)
 
 
-@both
+@every
 @pytest.mark.parametrize(
     ("prunable", "words"),
     [
@@ -93,14 +97,14 @@ def test_wrong_prunable(solve, prunable, words):
 # --- options -------------------------------------------------------------------------
 
 
-@both
+@every
 @pytest.mark.parametrize("max_steps", [0, -1, 2.5, True, None, "10"])
 def test_wrong_number_of_steps(solve, max_steps):
     words = "`max_steps` must be an integer of at least 1, got"
     refused(ValueError, words, solve, loss, PARAMS, 1, args=ARGS, max_steps=max_steps)
 
 
-@both
+@every
 @pytest.mark.parametrize("batch_size", [0, -1, 2.5, True])
 def test_wrong_batch_size(solve, batch_size):
     words = "`batch_size` must be an integer of at least 1, got"
@@ -136,6 +140,75 @@ def test_wrong_step_size_of_iht():
     )
 
 
+FAMILY = {
+    name: getattr(sparserec, name)
+    for name in (
+        "htp",
+        "subspace_pursuit",
+        "cosamp",
+        "grasp",
+        "splicing",
+        "omp",
+        "foba",
+    )
+}
+
+
+@pytest.mark.parametrize("solve", FAMILY.values(), ids=FAMILY)
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"damping": -1.0}, ValueError, "`damping` must be a finite number"),
+        ({"groups": {"kernel": 1}}, ValueError, r"`groups` must hold one label"),
+        (
+            {"groups": {"bias": np.zeros(2, int), "kernel": np.zeros((2, 3), int)}},
+            ValueError,
+            r"shapes of `params`, \(\(2,\), \(3, 2\)\); got",
+        ),
+        (
+            {"groups": {"bias": np.zeros(2), "kernel": np.zeros((3, 2))}},
+            TypeError,
+            r"integer labels, got dtype float64.*astype\(int\)",
+        ),
+    ],
+)
+def test_wrong_options_of_the_pursuit_family(solve, options, error, words):
+    refused(error, words, solve, loss, PARAMS, 1, args=ARGS, **options)
+
+
+LABELS = {"bias": np.zeros(2, int), "kernel": np.array([[0, 0], [1, 1], [4, 4]])}
+
+
+def test_wrong_groups():
+    solve = functools.partial(sparserec.htp, loss, PARAMS, args=ARGS)
+    refused(ValueError, r"\[0, 3\] \(3 groups\), got 4", solve, k=4, groups=LABELS)
+    refused(
+        TypeError,
+        "must be concrete",
+        jax.jit(lambda labels: solve(k=1, groups=labels)),
+        LABELS,
+    )
+    both = {"bias": True, "kernel": True}
+    refused(
+        ValueError,
+        "must not share a label",
+        solve,
+        k={"bias": 1, "kernel": 1},
+        groups=LABELS,
+        prunable=both,
+    )
+
+
+def test_wrong_choices_of_the_pursuit_family():
+    call = functools.partial(refused, ValueError)
+    words = "'correlation' or 'gain', got 'best'"
+    call(words, sparserec.omp, loss, PARAMS, 1, args=ARGS, rule="best")
+    words = "`exchange` must be an integer of at least 1, got 0"
+    call(words, sparserec.splicing, loss, PARAMS, 1, args=ARGS, exchange=0)
+    words = "`share` must be a finite number of at least 0, got -1"
+    call(words, sparserec.foba, loss, PARAMS, 1, args=ARGS, share=-1)
+
+
 def test_enumeration_of_too_many_supports():
     refused(
         ValueError,
@@ -151,21 +224,21 @@ def test_enumeration_of_too_many_supports():
 # --- data ----------------------------------------------------------------------------
 
 
-@both
+@every
 @pytest.mark.parametrize("args", [list(ARGS), ARGS[0], {"inputs": ARGS[0]}, None])
 def test_data_that_are_no_tuple(solve, args):
     words = r"`args` must be a tuple, got .*args=\(x, y\)"
     refused(TypeError, words, solve, loss, PARAMS, 1, args=args)
 
 
-@both
+@every
 def test_examples_that_do_not_match(solve):
     args = (jnp.ones((5, 3)), jnp.ones((4, 2)))
     with pytest.raises(ValueError, match=r"leading sizes differ .*\(5, 3\), \(4, 2\)"):
         solve(loss, PARAMS, 1, args=args)
 
 
-@both
+@every
 @pytest.mark.parametrize(
     "args", [(jnp.ones((5, 3)), jnp.ones((4, 2))), (jnp.ones((5, 3)), jnp.ones(())), ()]
 )
@@ -198,13 +271,13 @@ def test_data_and_batches_together():
     refused(ValueError, words, sparserec.iobs, loss, PARAMS, 1, **options)
 
 
-@both
+@every
 def test_models_take_no_data(solve):
     with pytest.raises(ValueError, match="takes no data"):
         solve(MODEL, jnp.zeros(4), 1, args=ARGS)
 
 
-@both
+@every
 @pytest.mark.parametrize(
     "params", [jnp.zeros(3), {"w": jnp.zeros(4)}, jnp.zeros((4, 1))]
 )
@@ -216,7 +289,7 @@ def test_params_that_do_not_fit_the_model(solve, params):
 # --- losses --------------------------------------------------------------------------
 
 
-@both
+@every
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -118,6 +118,7 @@ class Case(NamedTuple):
     sweep: tuple = ()  # a traced option, and five values of it
     falls: bool = True  # no step ends at a loss that is not finite
     one_shot: bool = False  # one step, which may end above plain masking
+    slow: bool = False  # has a sibling of nearly the same code in the quick run
 
 
 iht, iobs = sparserec.iht, sparserec.iobs
@@ -145,6 +146,20 @@ CASES = {
     ),
     "iobs, fixed damping": Case(iobs, {"damping": 0.1}, sweep=("damping", DAMPINGS)),
     "iobs by products": Case(iobs, {"curvature": gauss_newton}, sweep=TOLERANCES),
+    "htp": Case(sparserec.htp, {}, sweep=TOLERANCES),
+    "subspace pursuit": Case(
+        sparserec.subspace_pursuit, {}, sweep=TOLERANCES, slow=True
+    ),
+    "cosamp": Case(sparserec.cosamp, {}, sweep=TOLERANCES, slow=True),
+    "grasp by products": Case(
+        sparserec.grasp, {"curvature": gauss_newton}, sweep=TOLERANCES
+    ),
+    "splicing": Case(sparserec.splicing, {}, sweep=("damping", DAMPINGS)),
+    "omp": Case(sparserec.omp, {}, sweep=TOLERANCES),
+    "foba": Case(
+        sparserec.foba, {}, sweep=("share", (0.1, 0.3, 0.5, 0.7, 0.9)), slow=True
+    ),
+    "oba": Case(sparserec.oba, {}, dense_start=True, refits=False, one_shot=True),
     "obd": Case(sparserec.obd, {}, dense_start=True, refits=False, one_shot=True),
     "obs": Case(
         sparserec.obs,
@@ -154,7 +169,13 @@ CASES = {
         one_shot=True,
     ),
 }
-every = pytest.mark.parametrize("name", CASES)
+every = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if case.slow else ())
+        for name, case in CASES.items()
+    ],
+)
 
 
 def mainly(*names):
@@ -180,7 +201,7 @@ def test_every_solver_is_in_the_table():
         == ["loss_fn", "params", "k"]
     }
     # These keep the contract in files of their own, with what else they promise.
-    apart = {sparserec.chita, sparserec.l0cd, sparserec.oba, sparserec.prune}
+    apart = {sparserec.chita, sparserec.l0cd, sparserec.prune}
     assert exported == {case.solve for case in CASES.values()} | apart
 
 
@@ -437,7 +458,7 @@ ITERATIVE = [name for name, case in CASES.items() if not case.one_shot]
     [
         pytest.param(name, marks=() if name == "iht" else pytest.mark.slow)
         for name in ITERATIVE
-        if name != "iobs by products"  # its curvature is that of another model
+        if "by products" not in name  # its curvature is that of another model
     ],
 )
 def test_one_weight_and_one_step(name):

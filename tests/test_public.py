@@ -32,7 +32,7 @@ FLOORS = (
     {"_solution", "_run"},
     {"saliency", "solvers"},
     {"_prune", "_recalibrate", "_report", "recovery", "structure", "training"},
-    {"_plot_structure", "plot", "problems", "theory"},
+    {"_plot_structure", "losses", "plot", "problems", "theory"},
     {"__init__", "__main__", "_demo"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -10,7 +10,7 @@ Legend: n weights, s slots (places for members of a support), g groups of a budg
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from sparserec._linsolve import matmul
 from sparserec._types import Scalar
 from sparserec.budget import Budget
 from sparserec.quadratic import Curvature, Dense, LowRank, QuadraticModel
+
+_SIZES = (16, 24, 32, 48, 64, 96, 128)
 
 
 class Problem(NamedTuple):
@@ -79,7 +81,7 @@ def make_problem(
     )
     gradient = _tree.flatten(model.gradient).astype(wide)
     ridge = 2 * jnp.asarray(l2, wide)
-    diagonal = _diagonal(model.curvature).astype(wide)
+    diagonal = flat_diagonal(model.curvature).astype(wide)
     half = jnp.asarray(0.5, wide)
     return Problem(
         curvature=model.curvature,
@@ -96,12 +98,22 @@ def make_problem(
     )
 
 
-def _diagonal(curvature: Curvature) -> Float[Array, "n"]:
+def flat_diagonal(curvature: Curvature) -> Float[Array, "n"]:
+    """Diagonal of $H$ in tree order, shape `(n,)`."""
     if isinstance(curvature, LowRank):
         rows = curvature.rows
         start = jnp.full(rows.shape[1], curvature.ridge, rows.dtype)
         return over_rows(jnp.add, jnp.square, start, rows)
     return _tree.flatten(curvature.diagonal())
+
+
+def rounded(count: int, limit: int) -> int:
+    """The next of a few sizes, so that neighboring counts share a compilation."""
+    for size in _SIZES:
+        if size >= count:
+            return min(size, limit)
+    step = 64
+    return min(-(-count // step) * step, limit)
 
 
 def group_of_entries(budget: Budget, layout: _tree.Layout) -> Int[Array, "n"]:
@@ -171,14 +183,21 @@ def columns(problem: Problem, index: Int[Array, "s"]) -> Float[Array, "s n"]:
 
 def block(problem: Problem, index: Int[Array, "s"]) -> Float[Array, "s s"]:
     """$H$ between the entries of `index`, without the rest of their columns."""
-    curvature = problem.curvature
+    if not hasattr(problem.curvature, "columns"):
+        return columns(problem, index)[:, index]
+    inner = stored_block(problem.curvature, index).astype(problem.linear.dtype)
+    same = index[:, None] == index[None, :]
+    return inner + problem.ridge * same.astype(inner.dtype)
+
+
+def stored_block(curvature: Any, index: Int[Array, "s"]) -> Float[Array, "s s"]:
+    """$H$ between the entries of `index`, of a curvature with `columns`."""
     if isinstance(curvature, LowRank) and curvature.gram is None:
         rows = curvature.rows[:, index]
-        inner = matmul(rows.T, rows).astype(problem.linear.dtype)
-        ridge = curvature.ridge.astype(inner.dtype) + problem.ridge
         # Off the diagonal only where an index appears twice.
-        return inner + ridge * (index[:, None] == index[None, :]).astype(inner.dtype)
-    return columns(problem, index)[:, index]
+        same = index[:, None] == index[None, :]
+        return matmul(rows.T, rows) + curvature.ridge * same.astype(rows.dtype)
+    return curvature.columns(index)[index]
 
 
 def product_on(

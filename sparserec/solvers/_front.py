@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from sparserec import _tree
 from sparserec._run import Solver, run
 from sparserec._solution import Solution
 from sparserec._types import LossFn, Params, Prunable, Scalar, Status
-from sparserec.budget import make_budget
+from sparserec.budget import Budget, make_budget
 from sparserec.quadratic import (
     CurvatureFn,
     MatrixFree,
@@ -27,7 +28,7 @@ def solve(
     make_solver: Callable[[Objective, bool], Solver],
     loss_fn: LossFn | QuadraticModel,
     params: Params,
-    k: int | jax.Array | Mapping[str, int | jax.Array],
+    k: int | jax.Array | Mapping[str, int | jax.Array] | Budget,
     *,
     args: tuple = (),
     batches: Callable[[int], tuple] | tuple | None = None,
@@ -42,10 +43,11 @@ def solve(
 
     Checks the input, raises half precision to float32, runs the solver that
     `make_solver(objective, known_by_products)` returns, and casts the answer back;
-    `known_by_products` says that the curvature is matrix-free. `needs` names the
-    operations beyond the basic ones that the curvature must offer.
+    `known_by_products` says that the curvature is matrix-free. `k` may be
+    a budget that was made already. `needs` names the operations beyond the basic ones
+    that the curvature must offer.
     """
-    budget = make_budget(k, params, prunable)
+    budget = k if isinstance(k, Budget) else make_budget(k, params, prunable)
     if callable(batches):
         # The first batch is looked at before it is used; it is drawn only once.
         batches = functools.lru_cache(maxsize=1)(batches)
@@ -86,6 +88,16 @@ def check_positive_int(name: str, value: object) -> None:
     """Raises unless `value` is a Python integer of at least one."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+
+
+def check_weight(name: str, value: Any) -> None:
+    """Raises unless `value` is a finite number of at least zero; traced ones pass."""
+    if isinstance(value, Tracer):
+        return
+    if np.ndim(value) != 0 or not np.isfinite(value) or value < 0:
+        raise ValueError(
+            f"`{name}` must be a finite number of at least 0, got {value!r}."
+        )
 
 
 def check_data(

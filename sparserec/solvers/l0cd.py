@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from sparserec.quadratic import (
     make_objective,
 )
 from sparserec.solvers import _front, _l0cd_steps
-from sparserec.solvers._columns import make_problem
+from sparserec.solvers._columns import make_problem, rounded
 from sparserec.solvers._coordinate import ORDERS
 from sparserec.solvers._l0cd_steps import Options, Weights, problem_value
 from sparserec.solvers._search import START_NAMES
@@ -32,7 +32,6 @@ from sparserec.solvers._starts import slots_of
 from sparserec.solvers._swaps import best_move, factorise
 from sparserec.solvers._swaps import objective as refitted_value
 
-_SLOT_SIZES = (16, 24, 32, 48, 64, 96, 128)
 _TRACED_LIMIT = 512
 
 
@@ -141,7 +140,7 @@ def l0cd(
     """
     _check_choices(order, starts, effort, key)
     for name, value in (("penalty", penalty), ("l1", l1), ("l2", l2)):
-        _check_weight(name, value)
+        _front.check_weight(name, value)
     lasso = not _is_zero(l1)
     if isinstance(loss_fn, QuadraticModel):
         _check_model(loss_fn)
@@ -248,7 +247,7 @@ def certificate(
     fixed = sum(
         x.size for x, c in zip(jax.tree.leaves(params), flags, strict=True) if not c
     )
-    slots = _rounded(kept + fixed + 1, _tree.size(params))
+    slots = rounded(kept + fixed + 1, _tree.size(params))
     wide = _tree.dtype(params)
     return _certify(
         objective,
@@ -285,15 +284,6 @@ def _certify(objective, params, mask, budget, args, penalty, l2, *, slots: int):
     )
 
 
-def _rounded(count: int, limit: int) -> int:
-    """The next of a few sizes, so that neighboring counts share a compilation."""
-    for size in _SLOT_SIZES:
-        if size >= count:
-            return min(size, limit)
-    step = 64
-    return min(-(-count // step) * step, limit)
-
-
 def _slots(params: Params, k, chosen: tuple[bool, ...], max_kept: int | None) -> int:
     """Places for members: those kept, those never pruned, and two for exchanges."""
     leaves = jax.tree.leaves(params)
@@ -328,20 +318,11 @@ def _slots(params: Params, k, chosen: tuple[bool, ...], max_kept: int | None) ->
         for v in counts
         if isinstance(v, int | np.integer | jax.Array) and np.ndim(v) == 0
     ]
-    return _rounded(max(sum(known), 0) + free + 2, total)
+    return rounded(max(sum(known), 0) + free + 2, total)
 
 
 def _is_zero(weight: object) -> bool:
     return isinstance(weight, int | float) and weight == 0
-
-
-def _check_weight(name: str, value: Any) -> None:
-    if isinstance(value, Tracer):
-        return
-    if np.ndim(value) != 0 or not np.isfinite(value) or value < 0:
-        raise ValueError(
-            f"`{name}` must be a finite number of at least 0, got {value!r}."
-        )
 
 
 def _check_choices(order: str, starts, effort: float, key) -> None:
