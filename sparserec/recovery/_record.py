@@ -1,0 +1,74 @@
+"""The best support of every budget, as a path finds them.
+
+Legend: s slots (places for members of a support), K budgets from 1 to K.
+"""
+
+from typing import NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sparserec._types import Count, Scalar, Status
+from sparserec.solvers._swaps import Slots
+
+
+class Records(NamedTuple):
+    """Supports with their values; one without the leading axis is that of one k.
+
+    Attributes:
+      index: entry in each slot, int32, shape `(K, s)`.
+      filled: which slots are in use, shape `(K, s)`.
+      values: refitted values, zeros in empty slots, shape `(K, s)`.
+      value: objective, infinite before a first support, shape `(K,)`.
+      gain: of the best exchange still available, shape `(K,)`.
+      status: `Status` codes, int32, shape `(K,)`.
+    """
+
+    index: Int[Array, "K s"]
+    filled: Bool[Array, "K s"]
+    values: Float[Array, "K s"]
+    value: Float[Array, "K"]
+    gain: Float[Array, "K"]
+    status: Int[Array, "K"]
+
+    @classmethod
+    def empty(cls, k_max: int, start: Slots, dtype: jnp.dtype) -> Self:
+        """Nothing found yet; supports are those of the start."""
+        shape = (k_max, start.index.shape[0])
+        return cls(
+            index=jnp.broadcast_to(start.index, shape),
+            filled=jnp.broadcast_to(start.filled, shape),
+            values=jnp.zeros(shape, dtype),
+            value=jnp.full(k_max, jnp.inf, dtype),
+            gain=jnp.full(k_max, jnp.nan, dtype),
+            status=jnp.full(k_max, int(Status.NONFINITE), jnp.int32),
+        )
+
+
+def improve(
+    records: Records, row: Count, found: Records, slack: Scalar
+) -> tuple[Records, Bool[Array, ""]]:
+    """Takes what is found into a row if it is better than what is there.
+
+    Returns:
+      The records, and whether what is found is worse by more than the slack.
+    """
+    old = records.value[row]
+    better = found.value < old - jnp.where(jnp.isfinite(old), slack, 0)
+    new = jax.tree.map(
+        lambda all_, one: all_.at[row].set(jnp.where(better, one, all_[row])),
+        records,
+        found,
+    )
+    return new, found.value > old + slack
+
+
+def monotone(records: Records) -> Records:
+    """A smaller support in place of a larger one that is not better."""
+    lowest = jax.lax.cummin(records.value)
+    place = jnp.arange(records.value.shape[0], dtype=jnp.int32)
+    earlier = jnp.concatenate([jnp.full(1, jnp.inf, lowest.dtype), lowest[:-1]])
+    own = jnp.where(records.value < earlier, place, 0)
+    best = jax.lax.cummax(own)
+    return jax.tree.map(lambda x: x[best], records)
