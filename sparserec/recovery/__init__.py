@@ -1,6 +1,8 @@
-"""Exact answers to small problems, and bounds that say how far others can be."""
+"""Sparse regression as a whole: paths over k, the choice of k, exact small answers."""
 
 from sparserec.recovery._bound import Bound, lower_bound
 from sparserec.recovery._exhaustive import exhaustive
+from sparserec.recovery._path import path
+from sparserec.recovery._record import Path
 
-__all__ = ["Bound", "exhaustive", "lower_bound"]
+__all__ = ["Bound", "Path", "exhaustive", "lower_bound", "path"]

@@ -1,4 +1,4 @@
-"""The best support of every budget, as a path finds them.
+"""What a path finds: the best support of every budget.
 
 Legend: s slots (places for members of a support), K budgets from 1 to K.
 """
@@ -9,8 +9,35 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sparserec._types import Count, Scalar, Status
+from sparserec import _tree
+from sparserec._types import Count, Mask, Params, Scalar, Status
+from sparserec.budget import Budget
 from sparserec.solvers._swaps import Slots
+
+
+class Path(NamedTuple):
+    """Solutions for every number of weights kept, along a leading axis.
+
+    Attributes:
+      ks: budgets 1, 2, ..., K, int32, shape `(K,)`.
+      params: pytree like the params, leaves of shape `(K, ...)`.
+      mask: booleans shaped like `params`; `True` where a weight is kept. Leaves that
+        are not prunable are all `True`.
+      objective: loss with its penalty at each k, shape `(K,)`; never rises in k.
+      gain: by how much the best exchange of one weight would still lower the
+        objective (of the local model), shape `(K,)`; negative where every one
+        raises it.
+      status: `Status` codes, int32, shape `(K,)`.
+      moves: additions, removals and exchanges made in all, int32, shape `()`.
+    """
+
+    ks: Int[Array, "K"]
+    params: Params
+    mask: Mask
+    objective: Float[Array, "K"]
+    gain: Float[Array, "K"]
+    status: Int[Array, "K"]
+    moves: Count
 
 
 class Records(NamedTuple):
@@ -64,7 +91,7 @@ def improve(
     return new, found.value > old + slack
 
 
-def monotone(records: Records) -> Records:
+def _monotone(records: Records) -> Records:
     """A smaller support in place of a larger one that is not better."""
     lowest = jax.lax.cummin(records.value)
     place = jnp.arange(records.value.shape[0], dtype=jnp.int32)
@@ -72,3 +99,28 @@ def monotone(records: Records) -> Records:
     own = jnp.where(records.value < earlier, place, 0)
     best = jax.lax.cummax(own)
     return jax.tree.map(lambda x: x[best], records)
+
+
+def as_path(records: Records, moves: Count, like: Params, budget: Budget) -> Path:
+    """The records as params and masks, with objectives that do not rise in k."""
+    records = _monotone(records)
+    rows = jnp.arange(records.value.shape[0])[:, None]
+    shape = (records.value.shape[0], _tree.size(like))
+    flat = jnp.zeros(shape, records.values.dtype)
+    flat = flat.at[rows, records.index].add(records.values)
+    inside = jnp.zeros(shape, bool).at[rows, records.index].max(records.filled)
+    split = jax.vmap(_tree.layout(like).split)
+    leaves, structure = jax.tree.flatten(split(inside))
+    mask = [
+        x if g >= 0 else jnp.ones_like(x)
+        for x, g in zip(leaves, budget.groups, strict=True)
+    ]
+    return Path(
+        ks=jnp.arange(1, shape[0] + 1, dtype=jnp.int32),
+        params=_tree.cast_like(split(flat), like),
+        mask=jax.tree.unflatten(structure, mask),
+        objective=records.value,
+        gain=records.gain,
+        status=records.status,
+        moves=moves,
+    )
