@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sparserec import _tree
 from sparserec._types import Count, Mask, Params, Scalar, Status
 from sparserec.budget import Budget
+from sparserec.solvers._columns import group_of_entries
 from sparserec.solvers._swaps import Slots
 
 
@@ -23,6 +24,7 @@ class Path(NamedTuple):
       params: pytree like the params, leaves of shape `(K, ...)`.
       mask: booleans shaped like `params`; `True` where a weight is kept. Leaves that
         are not prunable are all `True`.
+      kept: prunable weights kept, at most k, int32, shape `(K,)`.
       objective: loss with its penalty at each k, shape `(K,)`; never rises in k.
       gain: by how much the best exchange of one weight would still lower the
         objective (of the local model), shape `(K,)`; negative where every one
@@ -34,6 +36,7 @@ class Path(NamedTuple):
     ks: Int[Array, "K"]
     params: Params
     mask: Mask
+    kept: Int[Array, "K"]
     objective: Float[Array, "K"]
     gain: Float[Array, "K"]
     status: Int[Array, "K"]
@@ -110,6 +113,8 @@ def as_path(records: Records, moves: Count, like: Params, budget: Budget) -> Pat
     flat = flat.at[rows, records.index].add(records.values)
     inside = jnp.zeros(shape, bool).at[rows, records.index].max(records.filled)
     split = jax.vmap(_tree.layout(like).split)
+    fixed = group_of_entries(budget, _tree.layout(like)) < 0
+    kept = jnp.sum(inside & ~fixed[None, :], axis=1, dtype=jnp.int32)
     leaves, structure = jax.tree.flatten(split(inside))
     mask = [
         x if g >= 0 else jnp.ones_like(x)
@@ -119,6 +124,7 @@ def as_path(records: Records, moves: Count, like: Params, budget: Budget) -> Pat
         ks=jnp.arange(1, shape[0] + 1, dtype=jnp.int32),
         params=_tree.cast_like(split(flat), like),
         mask=jax.tree.unflatten(structure, mask),
+        kept=kept,
         objective=records.value,
         gain=records.gain,
         status=records.status,

@@ -1,0 +1,411 @@
+"""Estimators with the conventions of scikit-learn: `fit`, `predict`, `score`.
+
+They need the extra `sparserec[sklearn]`.
+
+Legend: m examples, n features.
+"""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparserec.recovery import _fits
+from sparserec.recovery._criteria import KINDS, information_criterion
+from sparserec.recovery._likelihoods import LOGISTIC, POISSON, Family
+from sparserec.recovery._resample import summarize
+
+try:
+    from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+    from sklearn.model_selection import check_cv
+    from sklearn.utils.multiclass import check_classification_targets, type_of_target
+    from sklearn.utils.validation import (
+        _check_sample_weight,
+        check_is_fitted,
+        validate_data,
+    )
+except ImportError as error:
+    raise ImportError(
+        "the estimators of sparserec need scikit-learn: "
+        "`pip install 'sparserec[sklearn]'`."
+    ) from error
+
+_SIZES = (8, 16, 32, 64, 128)
+_LARGEST = 32  # k where a criterion chooses and no largest one is given
+_CHOICES = (*KINDS, "cv", "cv_1se")
+
+
+class _SparseEstimator(BaseEstimator):
+    """What the estimators share: the search, the choice of k, the refit."""
+
+    _family: Family | None = None
+
+    def __init__(
+        self,
+        k="bic",
+        *,
+        k_max=None,
+        cv=5,
+        l2=0.0,
+        fit_intercept=True,
+        standardize=True,
+    ):
+        self.k = k
+        self.k_max = k_max
+        self.cv = cv
+        self.l2 = l2
+        self.fit_intercept = fit_intercept
+        self.standardize = standardize
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
+
+    def get_support(self, indices=False):
+        """The features kept: a mask of shape `(n,)`, or their indices."""
+        check_is_fitted(self)
+        return np.flatnonzero(self.support_) if indices else self.support_
+
+    def _fit(self, X, y: np.ndarray, sample_weight):
+        weights = _check_sample_weight(sample_weight, X, dtype=np.float64)
+        if np.any(weights < 0) or not weights.sum() > 0:
+            raise ValueError("`sample_weight` must be non-negative, and not all zero.")
+        # As if these examples were not there: shapes and folds depend on it.
+        live = weights > 0
+        X, y, weights = X[live], y[live], weights[live]
+        largest, choices = self._choices(X, weights)
+        # Scaled weights change no answer, and keep the search within its precision.
+        typical = weights.mean()
+        data = (
+            _fits.as_matrix(X),
+            jnp.asarray(y / self._unit(y)),
+            jnp.asarray(weights / typical),
+        )
+        l2 = jnp.asarray(self.l2 / typical, data[1].dtype)
+        found, along = jax.tree.map(
+            np.asarray, _fits.fit_path(*data, l2, choices=choices)
+        )
+        index = self._index(found, data, l2, weights, largest, choices, y)
+        mask = np.asarray(jax.tree.leaves(found.mask)[0])[index]
+        self._finish(X, y, weights, mask, along, index)
+        return self
+
+    def _unit(self, y: np.ndarray) -> float:
+        """By which the response is divided during the search."""
+        del y
+        return 1.0
+
+    def _choices(self, X, weights: np.ndarray) -> tuple[int, _fits.Choices]:
+        """The largest k, and the static choices of the search."""
+        size = X.shape[1]
+        if isinstance(self.k, Integral) and not isinstance(self.k, bool):
+            if not 1 <= self.k <= size:
+                raise ValueError(
+                    f"`k` must lie in [1, {size}] ({size} features), got {self.k}."
+                )
+            largest = int(self.k)
+        elif isinstance(self.k, str) and self.k in _CHOICES:
+            largest = self._largest(size, weights)
+        else:
+            raise ValueError(
+                f"`k` must be an integer or one of {list(_CHOICES)}, got {self.k!r}."
+            )
+        if not self.l2 >= 0:
+            raise ValueError(f"`l2` must be at least 0, got {self.l2!r}.")
+        # Neighboring k share a compilation.
+        shared = next((s for s in _SIZES if s >= largest), largest)
+        return largest, _fits.Choices(
+            self._family,
+            min(shared, size),
+            bool(self.fit_intercept),
+            bool(self.standardize),
+        )
+
+    def _largest(self, size: int, weights: np.ndarray) -> int:
+        if self.k_max is None:
+            return max(1, min(size, _LARGEST, int(_examples(weights)) // 2))
+        if not isinstance(self.k_max, Integral) or not 1 <= self.k_max <= size:
+            raise ValueError(
+                f"`k_max` must be an integer in [1, {size}] ({size} features), got "
+                f"{self.k_max!r}."
+            )
+        return int(self.k_max)
+
+    def _index(self, found, data, l2, weights, largest, choices, y) -> int:
+        """Place on the path of the k that is asked for."""
+        if isinstance(self.k, Integral):
+            return largest - 1
+        if self.k in KINDS:
+            likelihood = "gaussian" if self._family is None else "sum"
+            count = _examples(weights)
+            # The search has seen weights of mean one.
+            scale = 1.0 if self._family is None else count / weights.size
+            if self._family is None:
+                scale = count / weights.size
+            cut = jax.tree.map(lambda x: x[:largest], found._replace(moves=np.zeros(1)))
+            cut = cut._replace(objective=cut.objective * scale)
+            criterion = information_criterion(
+                jax.tree.map(jnp.asarray, cut), count, self.k, likelihood=likelihood
+            )
+            self.criterion_ = np.asarray(criterion.values, np.float64)
+            return int(criterion.index)
+        splitter = check_cv(self.cv, y, classifier=self._family is LOGISTIC)
+        folds = np.zeros((splitter.get_n_splits(), y.size))
+        plain = np.zeros((y.size, 1))
+        for row, (_, rest) in zip(folds, splitter.split(plain, y), strict=True):
+            row[rest] = 1
+        left_out = jnp.asarray(folds, data[1].dtype)
+        losses = _fits.held_out(*data, left_out, l2, choices=choices)
+        result = summarize(jnp.asarray(found.ks[:largest]), losses[:, :largest])
+        self.cv_losses_ = np.asarray(losses[:, :largest], np.float64)
+        return int(result.best if self.k == "cv" else result.simplest) - 1
+
+    def _finish(self, X, y, weights, mask, along, index) -> None:
+        part = X[:, np.flatnonzero(mask)]
+        part = part if isinstance(part, np.ndarray) else part.toarray()
+        coefficients, intercept = self._refit(part, y, weights, mask, along, index)
+        self.coef_ = np.zeros(mask.size)
+        self.coef_[mask] = coefficients
+        self.intercept_ = intercept
+        self.support_ = mask
+        self.k_ = int(mask.sum())
+
+    def _scale(self, part: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """By which the search divided the columns: the penalty is on those."""
+        if not self.standardize:
+            return np.ones(part.shape[1])
+        mean = np.average(part, axis=0, weights=weights) if self.fit_intercept else 0.0
+        spread = np.sqrt(np.average((part - mean) ** 2, axis=0, weights=weights))
+        return np.where(spread > 0, spread, 1)
+
+    def _refit(self, part, y, weights, mask, along, index) -> tuple[np.ndarray, Any]:
+        start = (
+            np.asarray(along.coefficients[index][mask], np.float64),
+            float(along.intercept[index]),
+        )
+        scale = self._scale(part, weights)
+        return _fits.refit_likelihood(
+            part,
+            y,
+            weights,
+            start,
+            2 * self.l2 * scale**2,
+            self._family,
+            self.fit_intercept,
+        )
+
+    def _predictor(self, X) -> np.ndarray:
+        check_is_fitted(self)
+        X = validate_data(self, X, reset=False, accept_sparse="csr", dtype=np.float64)
+        return np.asarray(X @ self.coef_).ravel() + self.intercept_
+
+
+class SparseRegressor(RegressorMixin, _SparseEstimator):
+    r"""Least squares on at most k features.
+
+    $$\min_{\beta_0, \beta} \tfrac12 \sum_i \omega_i (y_i - \beta_0 - x_i^\top\beta)^2
+      + \lambda_2 \|\beta\|^2 \quad\text{subject to}\quad \|\beta\|_0 \le k$$
+
+    The whole path over k is searched in one walk (`sparserec.recovery.path`), in the
+    precision of JAX; coefficients on the support chosen are refitted in double
+    precision.
+
+    Args:
+      k: features to keep, an integer; or how to choose: `"aic"`, `"bic"`, `"ebic"`,
+        `"gic"`, `"cv"` (lowest held-out loss) or `"cv_1se"` (the smallest k within
+        one standard error of it).
+      k_max: largest k to choose from; `None` for 32, or fewer where there are fewer
+        features or fewer than 64 examples.
+      cv: folds, or a splitter of scikit-learn, for `"cv"` and `"cv_1se"`.
+      l2: $\lambda_2 \ge 0$, on standardized features.
+      fit_intercept: whether there is a $\beta_0$.
+      standardize: whether features are divided by their standard deviation during
+        the search, so that none is preferred for its unit.
+
+    Attributes:
+      coef_: coefficients in the units of the data, shape `(n,)`.
+      intercept_: $\beta_0$.
+      support_: features kept, booleans, shape `(n,)`.
+      k_: how many they are.
+      criterion_: the criterion for k = 1, 2, ..., where one chooses.
+      cv_losses_: held-out losses, shape `(folds, k_max)`, where they choose.
+      n_features_in_: features seen in `fit`.
+      feature_names_in_: their names, where X has names.
+
+    X may be sparse (any format of scipy); it is not centered in memory. Weights of
+    examples count as repetitions where they are whole numbers.
+    """
+
+    def fit(self, X, y, sample_weight=None):
+        """Searches, chooses k and refits; returns the estimator."""
+        X, y = validate_data(
+            self, X, y, accept_sparse="csr", dtype=np.float64, y_numeric=True
+        )
+        return self._fit(X, np.asarray(y, np.float64), sample_weight)
+
+    def predict(self, X):
+        """Predictions, shape `(m,)`."""
+        return self._predictor(X)
+
+    def _refit(self, part, y, weights, mask, along, index):
+        del mask, along, index
+        return _fits.refit_least_squares(
+            part,
+            y,
+            weights,
+            self._scale(part, weights),
+            self.l2,
+            self.fit_intercept,
+        )
+
+
+class SparseClassifier(ClassifierMixin, _SparseEstimator):
+    r"""Logistic regression of two classes on at most k features.
+
+    $$\min_{\beta_0, \beta} \sum_i \omega_i \log\bigl(1 + e^{-z_i (\beta_0
+      + x_i^\top\beta)}\bigr) + \lambda_2 \|\beta\|^2
+      \quad\text{subject to}\quad \|\beta\|_0 \le k, \qquad z_i = \pm 1$$
+
+    Args:
+      k: features to keep, or how to choose; see `SparseRegressor`.
+      k_max: largest k to choose from; see `SparseRegressor`.
+      cv: folds, stratified, or a splitter of scikit-learn.
+      l2: $\lambda_2 > 0$ keeps coefficients finite where the classes can be
+        separated; on standardized features.
+      fit_intercept: whether there is a $\beta_0$.
+      standardize: see `SparseRegressor`.
+
+    Attributes:
+      classes_: the two labels.
+      coef_: coefficients, shape `(1, n)`, for the second label.
+      intercept_: shape `(1,)`.
+      support_: features kept, booleans, shape `(n,)`.
+      k_: how many they are.
+      criterion_: the criterion for k = 1, 2, ..., where one chooses.
+      cv_losses_: held-out losses, shape `(folds, k_max)`, where they choose.
+      n_features_in_: features seen in `fit`.
+      feature_names_in_: their names, where X has names.
+    """
+
+    _family = LOGISTIC
+
+    def __init__(
+        self,
+        k="bic",
+        *,
+        k_max=None,
+        cv=5,
+        l2=1e-3,
+        fit_intercept=True,
+        standardize=True,
+    ):
+        super().__init__(
+            k,
+            k_max=k_max,
+            cv=cv,
+            l2=l2,
+            fit_intercept=fit_intercept,
+            standardize=standardize,
+        )
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_class = False
+        return tags
+
+    def fit(self, X, y, sample_weight=None):
+        """Searches, chooses k and refits; returns the estimator."""
+        X, y = validate_data(self, X, y, accept_sparse="csr", dtype=np.float64)
+        check_classification_targets(y)
+        kind = type_of_target(y, input_name="y", raise_unknown=True)
+        if kind != "binary":
+            raise ValueError(
+                "Only binary classification is supported. The type of the target is "
+                f"{kind}. Use `sklearn.multiclass.OneVsRestClassifier`."
+            )
+        self.classes_, codes = np.unique(y, return_inverse=True)
+        if self.classes_.size < 2:
+            raise ValueError(
+                "Classifier can't train when only one class is present: "
+                f"{self.classes_.tolist()}."
+            )
+        self._fit(X, codes.astype(np.float64), sample_weight)
+        self.coef_ = self.coef_[None]
+        self.intercept_ = np.atleast_1d(self.intercept_)
+        return self
+
+    def decision_function(self, X):
+        """Log odds of the second label, shape `(m,)`."""
+        return self._predictor(X)
+
+    def predict(self, X):
+        """The likelier labels, shape `(m,)`."""
+        return self.classes_[(self.decision_function(X) > 0).astype(int)]
+
+    def predict_proba(self, X):
+        """Probabilities of both labels, shape `(m, 2)`."""
+        second = np.asarray(jax.nn.sigmoid(self.decision_function(X)), np.float64)
+        return np.stack([1 - second, second], axis=1)
+
+    def predict_log_proba(self, X):
+        """Logarithms of `predict_proba`, shape `(m, 2)`."""
+        odds = self.decision_function(X)
+        return -np.stack([np.logaddexp(0, odds), np.logaddexp(0, -odds)], axis=1)
+
+
+class SparsePoissonRegressor(RegressorMixin, _SparseEstimator):
+    r"""Poisson regression of counts, with a logarithmic link, on at most k features.
+
+    $$\min_{\beta_0, \beta} \sum_i \omega_i (e^{\eta_i} - y_i \eta_i)
+      + \lambda_2 \|\beta\|^2 \quad\text{subject to}\quad \|\beta\|_0 \le k,
+      \qquad \eta_i = \beta_0 + x_i^\top\beta$$
+
+    Args:
+      k: features to keep, or how to choose; see `SparseRegressor`.
+      k_max: largest k to choose from; see `SparseRegressor`.
+      cv: folds, or a splitter of scikit-learn.
+      l2: $\lambda_2 \ge 0$, on standardized features.
+      fit_intercept: whether there is a $\beta_0$.
+      standardize: see `SparseRegressor`.
+
+    Attributes:
+      coef_: coefficients on the scale of logarithms, shape `(n,)`.
+      intercept_: $\beta_0$.
+      support_: features kept, booleans, shape `(n,)`.
+      k_: how many they are.
+      criterion_: the criterion for k = 1, 2, ..., where one chooses.
+      cv_losses_: held-out losses, shape `(folds, k_max)`, where they choose.
+      n_features_in_: features seen in `fit`.
+      feature_names_in_: their names, where X has names.
+    """
+
+    _family = POISSON
+
+    def fit(self, X, y, sample_weight=None):
+        """Searches, chooses k and refits; returns the estimator."""
+        X, y = validate_data(
+            self, X, y, accept_sparse="csr", dtype=np.float64, y_numeric=True
+        )
+        if np.any(y < 0):
+            raise ValueError("counts `y` must not be negative.")
+        return self._fit(X, np.asarray(y, np.float64), sample_weight)
+
+    def predict(self, X):
+        """Expected counts, shape `(m,)`."""
+        return np.exp(self._predictor(X))
+
+
+def _examples(weights: np.ndarray) -> float:
+    """How many examples the weights stand for.
+
+    Their sum where they are whole numbers (repetitions), else the size of a sample
+    with equal weights and the same variance (Kish, 1965).
+    """
+    if np.all(weights == np.round(weights)):
+        return float(weights.sum())
+    return float(weights.sum() ** 2 / (weights**2).sum())
