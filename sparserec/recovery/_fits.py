@@ -16,7 +16,13 @@ from jax.experimental.sparse import BCOO
 from jaxtyping import Array, Float
 
 from sparserec._types import Scalar
-from sparserec.recovery._likelihoods import Family, Likelihood, LikelihoodCurvature
+from sparserec.recovery._likelihoods import (
+    LOGISTIC,
+    POISSON,
+    Family,
+    Likelihood,
+    LikelihoodCurvature,
+)
 from sparserec.recovery._path import path
 from sparserec.recovery._record import Path
 from sparserec.recovery._regression import regression
@@ -24,7 +30,22 @@ from sparserec.recovery._resample import over_fits
 from sparserec.recovery._rows import Design
 
 _NEWTON_STEPS = 100
-_NEWTON_TOL = 1e-10
+_NEWTON_TOL = 1e-14  # relative decrease
+
+
+def _sigmoid(eta: np.ndarray) -> np.ndarray:
+    return np.exp(-np.logaddexp(0, -eta))
+
+
+# NumPy's own functions: JAX may be in single precision.
+_EXACT = {
+    LOGISTIC: Family(
+        lambda eta: np.logaddexp(0, eta),
+        _sigmoid,
+        lambda eta: _sigmoid(eta) * _sigmoid(-eta),
+    ),
+    POISSON: Family(np.exp, np.exp, np.exp),
+}
 
 
 class Choices(NamedTuple):
@@ -50,6 +71,29 @@ def as_matrix(x: Any) -> Array | BCOO:
     found = x.tocoo()
     indices = np.stack([found.row, found.col], axis=1)
     return BCOO((jnp.asarray(found.data), jnp.asarray(indices)), shape=x.shape)
+
+
+def units(
+    x: Any, weights: np.ndarray, intercept: bool, standardize: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Means and scales of dense columns, in double precision; zeros and ones if sparse.
+
+    The search would lose the digits of columns far from zero.
+    """
+    mean, scale = np.zeros(x.shape[1]), np.ones(x.shape[1])
+    if isinstance(x, np.ndarray):
+        if intercept:
+            mean = np.average(x, axis=0, weights=weights)
+        if standardize:
+            scale = spread_of(x, mean, weights)
+    return mean, scale
+
+
+def spread_of(x: np.ndarray, mean: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted standard deviations; ones where a column is constant."""
+    spread = np.sqrt(np.average((x - mean) ** 2, axis=0, weights=weights))
+    level = np.sqrt(np.finfo(x.dtype).eps) * np.abs(mean)
+    return np.where(spread > level, spread, 1)
 
 
 @functools.partial(jax.jit, static_argnames="choices")
@@ -147,6 +191,7 @@ def refit_likelihood(
     intercept: bool,
 ) -> tuple[np.ndarray, float]:
     """The same for a likelihood: Newton steps, each halved until the loss falls."""
+    exact: Any = _EXACT[family]
     ones = np.ones((part.shape[0], 1 if intercept else 0))
     rows = np.hstack([part, ones])
     ridge = np.concatenate([ridge, np.zeros(ones.shape[1])])
@@ -154,15 +199,15 @@ def refit_likelihood(
 
     def value(point: np.ndarray) -> float:
         eta = rows @ point
-        terms = np.asarray(family.cumulant(eta)) - response * eta
+        terms = exact.cumulant(eta) - response * eta
         return float(weights @ terms + ridge @ point**2 / 2)
 
     best = value(point)
     for _ in range(_NEWTON_STEPS):
         eta = rows @ point
-        residual = weights * (np.asarray(family.mean(eta)) - response)
+        residual = weights * (exact.mean(eta) - response)
         gradient = residual @ rows + ridge * point
-        bend = weights * np.asarray(family.variance(eta))
+        bend = weights * exact.variance(eta)
         matrix = (rows * bend[:, None]).T @ rows + np.diag(ridge)
         step = np.linalg.lstsq(matrix, gradient, rcond=None)[0]
         length = 1.0

@@ -5,6 +5,7 @@ Legend: m examples, n columns.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +30,9 @@ class Family:
       variance: of the response, from the linear predictor.
     """
 
-    cumulant: Callable[[Array], Array]
-    mean: Callable[[Array], Array]
-    variance: Callable[[Array], Array]
+    cumulant: Callable[[Any], Any]
+    mean: Callable[[Any], Any]
+    variance: Callable[[Any], Any]
 
 
 def _logistic_variance(eta: Array) -> Array:

@@ -79,20 +79,36 @@ class _SparseEstimator(BaseEstimator):
         live = weights > 0
         X, y, weights = X[live], y[live], weights[live]
         largest, choices = self._choices(X, weights)
-        # Scaled weights change no answer, and keep the search within its precision.
-        typical = weights.mean()
+        units = _fits.units(X, weights, choices.intercept, choices.standardize)
+        dense = isinstance(X, np.ndarray)
+        # Scaled weights and responses change no answer, and stay within the
+        # precision of the search.
+        typical, unit = weights.mean(), self._unit(y)
         data = (
-            _fits.as_matrix(X),
-            jnp.asarray(y / self._unit(y)),
+            _fits.as_matrix((X - units[0]) / units[1] if dense else X),
+            jnp.asarray(y / unit),
             jnp.asarray(weights / typical),
         )
         l2 = jnp.asarray(self.l2 / typical, data[1].dtype)
         found, along = jax.tree.map(
             np.asarray, _fits.fit_path(*data, l2, choices=choices)
         )
-        index = self._index(found, data, l2, weights, largest, choices, y)
+        index = largest - 1
+        if self.k in KINDS:
+            index = self._by_criterion(found, largest, weights)
+        elif self.k in _CHOICES:
+            losses = self._held_out(data, l2, choices, largest, y)
+            index = self._by_losses(losses, unit)
         mask = np.asarray(jax.tree.leaves(found.mask)[0])[index]
-        self._finish(X, y, weights, mask, along, index)
+        columns = np.flatnonzero(mask)
+        part = X[:, columns] if dense else X[:, columns].toarray()
+        slopes = along.coefficients[index][mask] / units[1][mask]
+        start = slopes, float(along.intercept[index]) - float(slopes @ units[0][mask])
+        coefficients, self.intercept_ = self._refit(part, y, weights, start)
+        self.coef_ = np.zeros(mask.size)
+        self.coef_[mask] = coefficients
+        self.support_ = mask
+        self.k_ = int(mask.sum())
         return self
 
     def _unit(self, y: np.ndarray) -> float:
@@ -104,11 +120,11 @@ class _SparseEstimator(BaseEstimator):
         """The largest k, and the static choices of the search."""
         size = X.shape[1]
         if isinstance(self.k, Integral) and not isinstance(self.k, bool):
-            if not 1 <= self.k <= size:
-                raise ValueError(
-                    f"`k` must lie in [1, {size}] ({size} features), got {self.k}."
-                )
             largest = int(self.k)
+            if not 1 <= largest <= size:
+                raise ValueError(
+                    f"`k` must lie in [1, {size}] ({size} features), got {largest}."
+                )
         elif isinstance(self.k, str) and self.k in _CHOICES:
             largest = self._largest(size, weights)
         else:
@@ -129,80 +145,76 @@ class _SparseEstimator(BaseEstimator):
     def _largest(self, size: int, weights: np.ndarray) -> int:
         if self.k_max is None:
             return max(1, min(size, _LARGEST, int(_examples(weights)) // 2))
-        if not isinstance(self.k_max, Integral) or not 1 <= self.k_max <= size:
+        whole = isinstance(self.k_max, Integral)
+        if not whole or not 1 <= int(self.k_max) <= size:
             raise ValueError(
                 f"`k_max` must be an integer in [1, {size}] ({size} features), got "
                 f"{self.k_max!r}."
             )
         return int(self.k_max)
 
-    def _index(self, found, data, l2, weights, largest, choices, y) -> int:
-        """Place on the path of the k that is asked for."""
-        if isinstance(self.k, Integral):
-            return largest - 1
-        if self.k in KINDS:
-            likelihood = "gaussian" if self._family is None else "sum"
-            count = _examples(weights)
-            # The search has seen weights of mean one.
-            scale = 1.0 if self._family is None else count / weights.size
-            if self._family is None:
-                scale = count / weights.size
-            cut = jax.tree.map(lambda x: x[:largest], found._replace(moves=np.zeros(1)))
-            cut = cut._replace(objective=cut.objective * scale)
-            criterion = information_criterion(
-                jax.tree.map(jnp.asarray, cut), count, self.k, likelihood=likelihood
-            )
-            self.criterion_ = np.asarray(criterion.values, np.float64)
-            return int(criterion.index)
-        splitter = check_cv(self.cv, y, classifier=self._family is LOGISTIC)
-        folds = np.zeros((splitter.get_n_splits(), y.size))
+    def _by_criterion(self, found, largest: int, weights: np.ndarray) -> int:
+        """Place on the path with the best information criterion."""
+        count = _examples(weights)
+        # The search has seen weights of mean one.
+        short = found._replace(
+            mask=[x[:largest] for x in jax.tree.leaves(found.mask)],
+            ks=found.ks[:largest],
+            kept=jnp.asarray(found.kept[:largest]),
+            objective=jnp.asarray(found.objective[:largest] * (count / weights.size)),
+        )
+        kind: Any = self.k
+        criterion = information_criterion(
+            short,
+            count,
+            kind,
+            likelihood="gaussian" if self._family is None else "sum",
+        )
+        self.criterion_ = np.asarray(criterion.values, np.float64)
+        return int(criterion.index)
+
+    def _held_out(self, data, l2, choices, largest: int, y: np.ndarray) -> np.ndarray:
+        splitter: Any = check_cv(self.cv, y, classifier=self._family is LOGISTIC)
         plain = np.zeros((y.size, 1))
+        folds = np.zeros((splitter.get_n_splits(plain, y), y.size))
         for row, (_, rest) in zip(folds, splitter.split(plain, y), strict=True):
             row[rest] = 1
         left_out = jnp.asarray(folds, data[1].dtype)
         losses = _fits.held_out(*data, left_out, l2, choices=choices)
-        result = summarize(jnp.asarray(found.ks[:largest]), losses[:, :largest])
-        self.cv_losses_ = np.asarray(losses[:, :largest], np.float64)
-        return int(result.best if self.k == "cv" else result.simplest) - 1
+        return np.asarray(losses)[:, :largest]
 
-    def _finish(self, X, y, weights, mask, along, index) -> None:
-        part = X[:, np.flatnonzero(mask)]
-        part = part if isinstance(part, np.ndarray) else part.toarray()
-        coefficients, intercept = self._refit(part, y, weights, mask, along, index)
-        self.coef_ = np.zeros(mask.size)
-        self.coef_[mask] = coefficients
-        self.intercept_ = intercept
-        self.support_ = mask
-        self.k_ = int(mask.sum())
+    def _by_losses(self, losses: np.ndarray, unit: float) -> int:
+        ks = jnp.arange(1, losses.shape[1] + 1)
+        result = summarize(ks, jnp.asarray(losses))
+        self.cv_losses_ = losses.astype(np.float64) * unit**2
+        return int(result.best if self.k == "cv" else result.simplest) - 1
 
     def _scale(self, part: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """By which the search divided the columns: the penalty is on those."""
         if not self.standardize:
             return np.ones(part.shape[1])
-        mean = np.average(part, axis=0, weights=weights) if self.fit_intercept else 0.0
-        spread = np.sqrt(np.average((part - mean) ** 2, axis=0, weights=weights))
-        return np.where(spread > 0, spread, 1)
+        mean = np.zeros(part.shape[1])
+        if self.fit_intercept:
+            mean = np.average(part, axis=0, weights=weights)
+        return _fits.spread_of(part, mean, weights)
 
-    def _refit(self, part, y, weights, mask, along, index) -> tuple[np.ndarray, Any]:
-        start = (
-            np.asarray(along.coefficients[index][mask], np.float64),
-            float(along.intercept[index]),
-        )
-        scale = self._scale(part, weights)
+    def _refit(self, part, y, weights, start) -> tuple[np.ndarray, Any]:
         return _fits.refit_likelihood(
             part,
             y,
             weights,
             start,
-            2 * self.l2 * scale**2,
-            self._family,
+            2 * self.l2 * self._scale(part, weights) ** 2,
+            self._family or LOGISTIC,
             self.fit_intercept,
         )
 
     def _predictor(self, X) -> np.ndarray:
         check_is_fitted(self)
-        X = validate_data(self, X, reset=False, accept_sparse="csr", dtype=np.float64)
-        return np.asarray(X @ self.coef_).ravel() + self.intercept_
+        x: Any = validate_data(
+            self, X, reset=False, accept_sparse="csr", dtype=np.float64
+        )
+        return np.asarray(x @ np.ravel(self.coef_)).ravel() + self.intercept_
 
 
 class SparseRegressor(RegressorMixin, _SparseEstimator):
@@ -252,8 +264,11 @@ class SparseRegressor(RegressorMixin, _SparseEstimator):
         """Predictions, shape `(m,)`."""
         return self._predictor(X)
 
-    def _refit(self, part, y, weights, mask, along, index):
-        del mask, along, index
+    def _unit(self, y: np.ndarray) -> float:
+        return float(np.std(y)) or 1.0
+
+    def _refit(self, part, y, weights, start):
+        del start
         return _fits.refit_least_squares(
             part,
             y,
@@ -294,7 +309,7 @@ class SparseClassifier(ClassifierMixin, _SparseEstimator):
 
     _family = LOGISTIC
 
-    def __init__(
+    def __init__(  # noqa: D107 - the class explains
         self,
         k="bic",
         *,
@@ -314,6 +329,7 @@ class SparseClassifier(ClassifierMixin, _SparseEstimator):
         )
 
     def __sklearn_tags__(self):
+        """Two classes only."""
         tags = super().__sklearn_tags__()
         tags.classifier_tags.multi_class = False
         return tags
@@ -391,9 +407,10 @@ class SparsePoissonRegressor(RegressorMixin, _SparseEstimator):
         X, y = validate_data(
             self, X, y, accept_sparse="csr", dtype=np.float64, y_numeric=True
         )
-        if np.any(y < 0):
+        counts = np.asarray(y, np.float64)
+        if np.any(counts < 0):
             raise ValueError("counts `y` must not be negative.")
-        return self._fit(X, np.asarray(y, np.float64), sample_weight)
+        return self._fit(X, counts, sample_weight)
 
     def predict(self, X):
         """Expected counts, shape `(m,)`."""
