@@ -106,7 +106,8 @@ def _gaussian(
 ) -> Float[Array, "K"]:
     if variance is not None:
         return 2 * objective / jnp.asarray(variance, objective.dtype)
-    floor = jnp.finfo(objective.dtype).eps * jnp.max(objective)
+    # A path in single precision knows its objective to a few units of rounding.
+    floor = 64 * jnp.finfo(objective.dtype).eps * jnp.max(objective)
     tiny = jnp.finfo(objective.dtype).tiny
     return rows * jnp.log(2 * jnp.maximum(objective, jnp.maximum(floor, tiny)) / rows)
 

@@ -41,6 +41,7 @@ class _Sweep(NamedTuple):
     k: Count
     rising: Bool[Array, ""]
     load: Bool[Array, ""]  # go on from the record at k
+    loaded: Bool[Array, ""]  # that was done at this k
     stale: Count  # moves since the last factorisation
     here: Count  # moves at this k
     moves: Count
@@ -102,6 +103,7 @@ def _start(problem: Problem, slots: int, k_max: int) -> _Sweep:
         k=zero,
         rising=~no,
         load=~no,
+        loaded=no,
         stale=zero,
         here=zero,
         moves=zero,
@@ -148,7 +150,7 @@ def _iterate(problem: Problem, k_max: int, state: _Sweep) -> _Sweep:
     row = jnp.maximum(state.k - 1, 0)
     records, worse = improve(state.records, row, found, slack)
     # What was found at this k on the way up is the better place to go on from.
-    load = settled & worse
+    load = settled & worse & ~state.loaded
     onward = settled & ~load
     above = best_addition(problem._replace(capacity=state.k[None] + 1), members)
     below = best_removal(problem, members)
@@ -163,6 +165,7 @@ def _iterate(problem: Problem, k_max: int, state: _Sweep) -> _Sweep:
         k=k,
         rising=rising,
         load=load,
+        loaded=load | (state.loaded & ~onward),
         stale=state.stale + 1,
         here=jnp.where(onward, 0, state.here + 1),
         moves=state.moves + 1,

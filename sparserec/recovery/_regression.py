@@ -77,7 +77,7 @@ def regression(
       TypeError: integer input; convert it first.
     """
     _check(design, response, weights)
-    wide = jnp.result_type(design.dtype, response.dtype, jnp.float32)
+    wide = _tree.dtype(_tree.to_working_precision((_values(design), response)))
     response = response.astype(wide)
     share = jnp.ones_like(response) if weights is None else weights.astype(wide)
     total = jnp.sum(share)
@@ -116,6 +116,10 @@ def _curvature(design: Design, share: Float[Array, "m"]) -> LowRank | WeightedRo
         return WeightedRows(design, share, center, layout)
     rows = design.matrix * design.scale[None, :] * jnp.sqrt(share)[:, None]
     return LowRank(rows, jnp.zeros((), rows.dtype), None, layout)
+
+
+def _values(design: Array | BCOO) -> Array:
+    return design.data if isinstance(design, BCOO) else design
 
 
 def _as_type(design: Array | BCOO, wide) -> Array | BCOO:

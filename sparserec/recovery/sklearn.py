@@ -361,12 +361,12 @@ class SparseClassifier(ClassifierMixin, _SparseEstimator):
 
     def predict(self, X):
         """The likelier labels, shape `(m,)`."""
-        return self.classes_[(self.decision_function(X) > 0).astype(int)]
+        odds = self.decision_function(X)
+        return self.classes_[(odds > 0).astype(int)]
 
     def predict_proba(self, X):
         """Probabilities of both labels, shape `(m, 2)`."""
-        second = np.asarray(jax.nn.sigmoid(self.decision_function(X)), np.float64)
-        return np.stack([1 - second, second], axis=1)
+        return np.exp(self.predict_log_proba(X))
 
     def predict_log_proba(self, X):
         """Logarithms of `predict_proba`, shape `(m, 2)`."""
