@@ -81,8 +81,9 @@ def loss_path(
         problem = problem._replace(capacity=state.k[None])
         members = factorise(problem, *state.present.slots)
         # The way down begins with the removal that costs least.
-        held = jnp.sum(members.filled & (problem.group[members.index] >= 0))
-        gone = jnp.arange(slots) == best_removal(problem, members).slot
+        inside = members.filled & (problem.group[members.index] >= 0)
+        held = jnp.sum(inside, dtype=jnp.int32)
+        gone = jnp.arange(slots, dtype=jnp.int32) == best_removal(problem, members).slot
         filled = members.filled & ~(gone & (held > state.k))
         limit = jnp.where(state.single, 1, _DESCENT * slots)
         start = members._replace(filled=filled)
