@@ -321,7 +321,7 @@ def path():
     )
     left.errorbar(
         ks, 100 * held, 100 * error, color=RED, marker="s", ms=4, lw=1, capsize=2,
-        label="on data left out, 10 folds",
+        label="data left out, 10 folds",
     )  # fmt: skip
     by_k = {}
     for name, k in chosen.items():
@@ -336,10 +336,15 @@ def path():
     left.legend(frameon=False, loc="center right")
     coefficients = np.asarray(found.params["slope"]) * np.std(X, axis=0)
     shades = matplotlib.colormaps["tab10"]
+    # Names keep a distance that can be read.
+    heights = np.zeros(largest)
+    lowest = -np.inf
+    for j in np.argsort(coefficients[-1]):
+        lowest = heights[j] = max(coefficients[-1, j], lowest + 3.5)
     for j, name in enumerate(names):
         right.plot(ks, coefficients[:, j], marker="o", ms=3, lw=1.2, color=shades(j))
         right.annotate(
-            name, (ks[-1], coefficients[-1, j]), (6, 0), textcoords="offset points",
+            name, (ks[-1], heights[j]), (6, 0), textcoords="offset points",
             va="center", fontsize="small", color=shades(j),
         )  # fmt: skip
     right.set_ylabel("coefficient of the standardized feature")

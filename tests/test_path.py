@@ -128,7 +128,9 @@ def test_one_compilation_for_other_data():
 
 def test_a_batch_of_problems():
     drawn = [data(seed) for seed in range(3)]
-    designs, responses = (jnp.stack([jnp.asarray(x) for x in y]) for y in zip(*drawn))
+    designs, responses = (
+        jnp.stack([jnp.asarray(x) for x in y]) for y in zip(*drawn, strict=True)
+    )
     together = jax.jit(jax.vmap(fit))(designs, responses)
     for i, (design, response) in enumerate(drawn):
         alone = fit_from(design, response)

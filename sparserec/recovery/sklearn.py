@@ -366,12 +366,8 @@ class SparseClassifier(ClassifierMixin, _SparseEstimator):
 
     def predict_proba(self, X):
         """Probabilities of both labels, shape `(m, 2)`."""
-        return np.exp(self.predict_log_proba(X))
-
-    def predict_log_proba(self, X):
-        """Logarithms of `predict_proba`, shape `(m, 2)`."""
         odds = self.decision_function(X)
-        return -np.stack([np.logaddexp(0, odds), np.logaddexp(0, -odds)], axis=1)
+        return np.exp(-np.stack([np.logaddexp(0, odds), np.logaddexp(0, -odds)], 1))
 
 
 class SparsePoissonRegressor(RegressorMixin, _SparseEstimator):
@@ -401,6 +397,12 @@ class SparsePoissonRegressor(RegressorMixin, _SparseEstimator):
     """
 
     _family = POISSON
+
+    def __sklearn_tags__(self):
+        """No negative counts."""
+        tags = super().__sklearn_tags__()
+        tags.target_tags.positive_only = True
+        return tags
 
     def fit(self, X, y, sample_weight=None):
         """Searches, chooses k and refits; returns the estimator."""
