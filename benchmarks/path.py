@@ -1,11 +1,11 @@
 """How long does a whole path over k take, beside abess, and is it as good?
 
-    python -m benchmarks.path --peer-python PYTHON --json path.json
+    PEER_PYTHON=python python -m benchmarks.path --json path.json
 
 Least squares with 500 rows and 1000 correlated columns, k = 1..50, one CPU thread, CPU
 seconds. Ours runs in single precision, conversion from NumPy's double precision and
-transfer included; abess, where the interpreter given by `--peer-python` has it, runs
-on the same data in a process of its own, between our runs. Printed are the first call
+transfer included; abess, if `PEER_PYTHON` names an interpreter that has it, runs on the
+same data in a process of its own, between our runs. Printed are the first call
 (compilation included), medians of the others, and objectives after a refit in double
 precision at several k; last the ratio of the times. The exit status is 1 where a
 target is missed.
@@ -36,6 +36,7 @@ from sparserec.recovery import path  # noqa: E402
 
 ROWS, COLUMNS, LARGEST = 500, 1000, 50
 SHOWN = (1, 5, 10, 20, 35, 50)
+PEER_PYTHON = os.environ.get("PEER_PYTHON", "")
 RATIO_LIMIT, COLD_LIMIT = 0.5, 3.0  # of the time of abess; CPU seconds
 
 PEER = """
@@ -89,8 +90,8 @@ def measure(correlation: float, case, folder: pathlib.Path) -> dict:
     times, peer_times, kept = [], [], {}
     for _ in range(case.repeats):
         times.append(clocked(lambda: ours(design, response))[0])
-        if case.peer_python:
-            seconds, kept = theirs(case.peer_python, file)
+        if PEER_PYTHON:
+            seconds, kept = theirs(PEER_PYTHON, file)
             peer_times.append(seconds)
     file.unlink()
     masks = np.asarray(found.mask)
@@ -108,7 +109,6 @@ def measure(correlation: float, case, folder: pathlib.Path) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--peer-python", help="an interpreter that has abess")
     parser.add_argument("--correlations", nargs="*", type=float, default=[0, 0.5, 0.9])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
@@ -124,10 +124,8 @@ def main() -> int:
     for result in results:
         peer, time_ = result["peer_seconds"], result["seconds"]
         ratio = time_ / peer if peer else None
-        worst = max(
-            (v / result["peer_objective"][k] for k, v in result["objective"].items()),
-            default=None,
-        ) if result["peer_objective"] else None  # fmt: skip
+        peers = result["peer_objective"]
+        worst = max((result["objective"][k] / v for k, v in peers.items()), default=0)
         rows.append(
             [
                 result["correlation"],

@@ -83,7 +83,7 @@ class _SparseEstimator(BaseEstimator):
         dense = isinstance(X, np.ndarray)
         # Scaled weights and responses change no answer, and stay within the
         # precision of the search.
-        typical, unit = weights.mean(), self._unit(y)
+        typical, unit = weights.mean(), self._unit(y, weights)
         data = (
             _fits.as_matrix((X - units[0]) / units[1] if dense else X),
             jnp.asarray(y / unit),
@@ -95,7 +95,7 @@ class _SparseEstimator(BaseEstimator):
         )
         index = largest - 1
         if self.k in KINDS:
-            index = self._by_criterion(found, largest, weights)
+            index = self._by_criterion(found, largest, weights, unit)
         elif self.k in _CHOICES:
             losses = self._held_out(data, l2, choices, largest, y)
             index = self._by_losses(losses, unit)
@@ -111,9 +111,9 @@ class _SparseEstimator(BaseEstimator):
         self.k_ = int(mask.sum())
         return self
 
-    def _unit(self, y: np.ndarray) -> float:
+    def _unit(self, y: np.ndarray, weights: np.ndarray) -> float:
         """By which the response is divided during the search."""
-        del y
+        del y, weights
         return 1.0
 
     def _choices(self, X, weights: np.ndarray) -> tuple[int, _fits.Choices]:
@@ -153,7 +153,9 @@ class _SparseEstimator(BaseEstimator):
             )
         return int(self.k_max)
 
-    def _by_criterion(self, found, largest: int, weights: np.ndarray) -> int:
+    def _by_criterion(
+        self, found, largest: int, weights: np.ndarray, unit: float
+    ) -> int:
         """Place on the path with the best information criterion."""
         count = _examples(weights)
         # The search has seen weights of mean one.
@@ -170,7 +172,9 @@ class _SparseEstimator(BaseEstimator):
             kind,
             likelihood="gaussian" if self._family is None else "sum",
         )
-        self.criterion_ = np.asarray(criterion.values, np.float64)
+        # A unit of the response moves all values alike.
+        shift = 2 * count * np.log(unit)
+        self.criterion_ = np.asarray(criterion.values, np.float64) + shift
         return int(criterion.index)
 
     def _held_out(self, data, l2, choices, largest: int, y: np.ndarray) -> np.ndarray:
@@ -264,8 +268,9 @@ class SparseRegressor(RegressorMixin, _SparseEstimator):
         """Predictions, shape `(m,)`."""
         return self._predictor(X)
 
-    def _unit(self, y: np.ndarray) -> float:
-        return float(np.std(y)) or 1.0
+    def _unit(self, y: np.ndarray, weights: np.ndarray) -> float:
+        mean = np.average(y, weights=weights)
+        return float(np.sqrt(np.average((y - mean) ** 2, weights=weights))) or 1.0
 
     def _refit(self, part, y, weights, start):
         del start
