@@ -118,7 +118,7 @@ def test_the_best_subset_of_each_size():
         np.testing.assert_array_equal(model.support_, best.mask)
 
 
-def test_weights_are_repetitions_and_sparse_is_dense():
+def test_weights_are_repetitions_and_sparse_is_dense(monkeypatch):
     X, y, _ = draw(1)
     X[np.abs(X) < np.median(np.abs(X), axis=0)] = 0
     weights = np.random.default_rng(0).integers(1, 3, ROWS)
@@ -128,6 +128,7 @@ def test_weights_are_repetitions_and_sparse_is_dense():
     )
     np.testing.assert_allclose(weighted.coef_, repeated.coef_, rtol=1e-7)
     np.testing.assert_allclose(weighted.criterion_, repeated.criterion_, rtol=1e-4)
+    monkeypatch.setattr("sparserec.recovery.sklearn._DENSE_LIMIT", 0)
     sparse = SparseRegressor("bic", l2=0.1).fit(scipy.sparse.csc_matrix(X), y, weights)
     np.testing.assert_allclose(weighted.coef_, sparse.coef_, rtol=1e-7)
     predicted = sparse.predict(scipy.sparse.coo_matrix(X))

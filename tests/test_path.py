@@ -90,7 +90,7 @@ def test_no_exchange_is_left():
     design, response = data(3, correlation=2.0, noise=1.0)
     found = fit_from(design, response)
     for k in (2, 4):
-        kept = set(np.flatnonzero(found.mask[k - 1]))
+        kept: Any = set(np.flatnonzero(found.mask[k - 1]))
         best = min(
             np.linalg.lstsq(design[:, sorted(kept - {i} | {j})], response)[1][0] / 2
             for i, j in itertools.product(kept, set(range(SIZE)) - kept)
@@ -232,16 +232,17 @@ def test_a_sparse_design_is_centered_without_memory():
     design, response = data(5)
     design = np.where(np.abs(design) > 0.7, design, 0)
     share = np.random.default_rng(0).integers(1, 4, ROWS).astype(float)
-    given = {"response": jnp.asarray(response), "weights": jnp.asarray(share)}
-    dense = recovery.regression(jnp.asarray(design), **given)
-    sparse = recovery.regression(BCOO.fromdense(jnp.asarray(design)), **given)
+    target, counts = jnp.asarray(response), jnp.asarray(share)
+    rows = jnp.asarray(design)
+    dense = recovery.regression(rows, target, weights=counts)
+    sparse = recovery.regression(BCOO.fromdense(rows), target, weights=counts)
     paths = [recovery.path(x.model, jnp.zeros(SIZE), 4) for x in (dense, sparse)]
     np.testing.assert_array_equal(paths[0].mask, paths[1].mask)
     np.testing.assert_allclose(paths[0].objective, paths[1].objective, rtol=1e-9)
     found, level = sparse.undo(paths[1].params[3])
     kept = np.flatnonzero(paths[1].mask[3])
-    rows = np.column_stack([design[:, kept], np.ones(ROWS)]) * np.sqrt(share)[:, None]
-    expected = np.linalg.lstsq(rows, np.sqrt(share) * response, rcond=None)[0]
+    part = np.column_stack([design[:, kept], np.ones(ROWS)]) * np.sqrt(share)[:, None]
+    expected = np.linalg.lstsq(part, np.sqrt(share) * response, rcond=None)[0]
     np.testing.assert_allclose(found[kept], expected[:-1], rtol=1e-8)
     np.testing.assert_allclose(level, expected[-1], rtol=1e-8)
 

@@ -35,6 +35,7 @@ except ImportError as error:
     ) from error
 
 _SIZES = (8, 16, 32, 64, 128)
+_DENSE_LIMIT = 2**20  # entries of a sparse X up to which a dense copy is faster
 _LARGEST = 32  # k where a criterion chooses and no largest one is given
 _CHOICES = (*KINDS, "cv", "cv_1se")
 
@@ -79,6 +80,8 @@ class _SparseEstimator(BaseEstimator):
         live = weights > 0
         X, y, weights = X[live], y[live], weights[live]
         largest, choices = self._choices(X, weights)
+        if not isinstance(X, np.ndarray) and X.shape[0] * X.shape[1] <= _DENSE_LIMIT:
+            X = X.toarray()
         units = _fits.units(X, weights, choices.intercept, choices.standardize)
         dense = isinstance(X, np.ndarray)
         # Scaled weights and responses change no answer, and stay within the
