@@ -47,10 +47,10 @@ class _SparseEstimator(BaseEstimator):
 
     def __init__(
         self,
-        k="bic",
+        k: Any = "bic",
         *,
-        k_max=None,
-        cv=5,
+        k_max: Any = None,
+        cv: Any = 5,
         l2=0.0,
         fit_intercept=True,
         standardize=True,
@@ -319,10 +319,10 @@ class SparseClassifier(ClassifierMixin, _SparseEstimator):
 
     def __init__(  # noqa: D107 - the class explains
         self,
-        k="bic",
+        k: Any = "bic",
         *,
-        k_max=None,
-        cv=5,
+        k_max: Any = None,
+        cv: Any = 5,
         l2=1e-3,
         fit_intercept=True,
         standardize=True,
