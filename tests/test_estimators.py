@@ -129,7 +129,7 @@ def test_weights_are_repetitions_and_sparse_is_dense(monkeypatch):
     )
     np.testing.assert_allclose(weighted.coef_, repeated.coef_, rtol=1e-7)
     np.testing.assert_allclose(weighted.criterion_, repeated.criterion_, rtol=1e-4)
-    monkeypatch.setattr("sparserec.recovery.sklearn._DENSE_LIMIT", 0)
+    monkeypatch.setattr("sparserec.recovery._estimator._DENSE_LIMIT", 0)
     sparse = SparseRegressor("bic", l2=0.1).fit(scipy.sparse.csc_matrix(X), y, weights)
     np.testing.assert_allclose(weighted.coef_, sparse.coef_, rtol=1e-7)
     predicted = sparse.predict(scipy.sparse.coo_matrix(X))
