@@ -110,6 +110,7 @@ def test_the_right_features_with_a_plain_refit(k):
     assert np.allclose(model.coef_ * units, TRUTH, atol=0.4)
 
 
+@pytest.mark.slow
 def test_the_best_subset_of_each_size():
     X, y, _ = draw(3, noise=8.0)
     standard = regression(*(jax.numpy.asarray(a, np.float32) for a in (X, y)))
@@ -119,6 +120,7 @@ def test_the_best_subset_of_each_size():
         np.testing.assert_array_equal(model.support_, best.mask)
 
 
+@pytest.mark.slow
 def test_weights_are_repetitions_and_sparse_is_dense(monkeypatch):
     X, y, _ = draw(1)
     X[np.abs(X) < np.median(np.abs(X), axis=0)] = 0

@@ -126,6 +126,7 @@ def test_one_compilation_for_other_data():
     assert cast(Any, model_path)._cache_size() == before
 
 
+@pytest.mark.slow
 def test_a_batch_of_problems():
     drawn = [data(seed) for seed in range(3)]
     designs, responses = (
@@ -138,6 +139,7 @@ def test_a_batch_of_problems():
         np.testing.assert_allclose(together.objective[i], alone.objective, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_rows_on_four_devices():
     design, response = data(4)
     mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Auto,))
@@ -206,6 +208,7 @@ def test_a_loss_against_enumeration():
     np.testing.assert_array_equal(found.kept, found.ks)
 
 
+@pytest.mark.slow
 def test_an_intercept_as_weight_or_by_centering():
     design, response = data(2)
     response = response + 7
@@ -228,6 +231,7 @@ def test_an_intercept_as_weight_or_by_centering():
     np.testing.assert_allclose(found.params["b"], intercept, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_sparse_design_is_centered_without_memory():
     design, response = data(5)
     design = np.where(np.abs(design) > 0.7, design, 0)
@@ -331,6 +335,7 @@ def test_cross_validation_against_a_slow_loop():
     assert int(result.simplest) == 1 + np.argmax(mean <= mean[best] + error[best])
 
 
+@pytest.mark.slow
 def test_stability_counts_how_often_a_weight_is_kept():
     design, response = data(0, noise=0.3)
     key = jax.random.key(1)
