@@ -316,9 +316,7 @@ def path():
     error = np.asarray(result.standard_error) / variance
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(
-        ks, 100 * fitted, color=BLUE, marker="o", ms=4, label="on the data fitted"
-    )
+    left.plot(ks, 100 * fitted, color=BLUE, marker="o", ms=4, label="data fitted")
     left.errorbar(
         ks, 100 * held, 100 * error, color=RED, marker="s", ms=4, lw=1, capsize=2,
         label="data left out, 10 folds",
