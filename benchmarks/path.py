@@ -17,6 +17,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 import time
 
 for _name, _value in (
@@ -93,7 +94,6 @@ def measure(correlation: float, case, folder: pathlib.Path) -> dict:
         if PEER_PYTHON:
             seconds, kept = theirs(PEER_PYTHON, file)
             peer_times.append(seconds)
-    file.unlink()
     masks = np.asarray(found.mask)
     return {
         "correlation": correlation,
@@ -115,8 +115,8 @@ def main() -> int:
     parser.add_argument("--json", type=pathlib.Path)
     case = parser.parse_args()
 
-    folder = pathlib.Path(os.environ.get("TMPDIR", "/tmp"))
-    results = [measure(r, case, folder) for r in case.correlations]
+    with tempfile.TemporaryDirectory() as folder:
+        results = [measure(r, case, pathlib.Path(folder)) for r in case.correlations]
     good = results[0]["cold_seconds"] <= COLD_LIMIT
     print(f"{ROWS} x {COLUMNS}, k = 1..{LARGEST}, jax {jax.__version__}, CPU seconds")
     print(f"first call {results[0]['cold_seconds']:.2f} s (limit {COLD_LIMIT:g})")
