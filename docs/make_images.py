@@ -337,7 +337,84 @@ def structure():
     save(figure, "structure")
 
 
+# --- all k of the diabetes data ------------------------------------------------------
+
+
+def path():
+    from sklearn.datasets import load_diabetes
+
+    X, y = load_diabetes(return_X_y=True)
+    names = load_diabetes().feature_names
+    largest = X.shape[1]
+
+    def fit(X, y):
+        standard = sparserec.recovery.regression(X, y)
+        found = sparserec.recovery.path(standard.model, jnp.zeros(largest), largest)
+        slope, level = standard.undo(found.params)
+        return found._replace(params={"slope": slope, "level": level})
+
+    def squared(params, X, y):
+        return jnp.mean((y - params["level"] - X @ params["slope"]) ** 2)
+
+    data = (jnp.asarray(X), jnp.asarray(y))
+    found = fit(*data)
+    result = sparserec.recovery.cross_validate(
+        fit, squared, data, folds=10, key=jax.random.key(0)
+    )
+    chosen = {
+        kind.upper(): int(
+            sparserec.recovery.information_criterion(found, len(y), kind).k
+        )
+        for kind in ("aic", "bic", "ebic")
+    }
+    chosen["CV, one s.e."] = int(result.simplest)
+    print(chosen)
+
+    ks, variance = np.asarray(found.ks), float(np.var(y))
+    fitted = 2 * np.asarray(found.objective) / len(y) / variance
+    held = np.asarray(result.mean) / variance
+    error = np.asarray(result.standard_error) / variance
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(ks, 100 * fitted, color=BLUE, marker="o", ms=4, label="data fitted")
+    left.errorbar(
+        ks, 100 * held, 100 * error, color=RED, marker="s", ms=4, lw=1, capsize=2,
+        label="data left out, 10 folds",
+    )  # fmt: skip
+    by_k = {}
+    for name, k in chosen.items():
+        by_k.setdefault(k, []).append(name)
+    for k, labels in by_k.items():
+        left.axvline(k, color=GREY, linewidth=0.8, linestyle=":")
+        left.text(
+            k + 0.1, 0.97, "\n".join(labels), color=GREY, va="top", fontsize="small",
+            transform=left.get_xaxis_transform(),
+        )  # fmt: skip
+    left.set_ylabel("variance left, %")
+    left.legend(frameon=False, loc="center right")
+    coefficients = np.asarray(found.params["slope"]) * np.std(X, axis=0)
+    shades = matplotlib.colormaps["tab10"]
+    # Names keep a distance that can be read.
+    heights = np.zeros(largest)
+    lowest = -np.inf
+    for j in np.argsort(coefficients[-1]):
+        lowest = heights[j] = max(coefficients[-1, j], lowest + 3.5)
+    for j, name in enumerate(names):
+        right.plot(ks, coefficients[:, j], marker="o", ms=3, lw=1.2, color=shades(j))
+        right.annotate(
+            name, (ks[-1], heights[j]), (6, 0), textcoords="offset points",
+            va="center", fontsize="small", color=shades(j),
+        )  # fmt: skip
+    right.set_ylabel("coefficient of the standardized feature")
+    for ax in (left, right):
+        ax.set_xlabel("features kept k")
+        ax.set_xticks(ks)
+        tidy(ax)
+    save(figure, "path")
+
+
 PICTURES = {
+    "path": path,
     "convergence": convergence,
     "recovery": recovery,
     "pursuit": pursuit,

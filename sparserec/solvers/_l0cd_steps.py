@@ -225,7 +225,9 @@ def _search_options(options: Options) -> SearchOptions:
 # --- any loss: one model after another ------------------------------------------------
 
 
-class _Candidate(NamedTuple):
+class Candidate(NamedTuple):
+    """A support with its values and the objective there."""
+
     params: Params
     slots: Slots
     objective: Scalar
@@ -244,8 +246,8 @@ def _improve_loss(
     fixed = _starts_fixed(state, budget)
     mask = _tree.flatten(state.mask) & (_tree.flatten(state.params) != 0)
     own = slots_of(mask | fixed, options.slots)
-    refit = functools.partial(_refit, objective, weights, budget, args)
-    present = refit(state.params, own)
+    refitted_on = functools.partial(refit, objective, weights, budget, args)
+    present = refitted_on(state.params, own)
     model = objective.model(present.params, args)
     problem = make_problem(model, budget, penalty=weights.penalty, l2=weights.l2)
     first = (index == 0) & ~jnp.any(mask & ~fixed)
@@ -267,8 +269,8 @@ def _improve_loss(
     )
     far = walk(problem, members, patience=0, max_moves=20 * options.slots)
     candidates = [
-        refit(present.params, far.best),
-        refit(present.params, near),
+        refitted_on(present.params, far.best),
+        refitted_on(present.params, near),
     ]
     best = functools.reduce(_better, candidates)
     eps = jnp.finfo(present.objective.dtype).eps
@@ -288,7 +290,7 @@ def _starts_fixed(state: State, budget: Budget) -> Bool[Array, "n"]:
 
 def _next_state(
     state: State,
-    chosen: _Candidate,
+    chosen: Candidate,
     model: QuadraticModel,
     budget: Budget,
     fixed: Bool[Array, "n"],
@@ -314,14 +316,14 @@ def _next_state(
     )
 
 
-def _refit(
+def refit(
     objective: Objective,
     weights: Weights,
     budget: Budget,
     args: tuple,
     params: Params,
     slots: Slots,
-) -> _Candidate:
+) -> Candidate:
     """A few Newton steps on a support, each halved until the loss falls."""
     inside = jnp.zeros(_tree.size(params), bool).at[slots.index].max(slots.filled)
     layout = _tree.layout(params)
@@ -358,12 +360,12 @@ def _refit(
         return _tree.where(better, point, params), jnp.where(better, there, best)
 
     params, best = jax.lax.fori_loop(0, _REFITS, newton, (start, value(start)))
-    return _Candidate(params, slots, best.astype(_tree.dtype(params)))
+    return Candidate(params, slots, best.astype(_tree.dtype(params)))
 
 
-def _select(condition: Bool[Array, ""], a: _Candidate, b: _Candidate) -> _Candidate:
+def _select(condition: Bool[Array, ""], a: Candidate, b: Candidate) -> Candidate:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
-def _better(a: _Candidate, b: _Candidate) -> _Candidate:
+def _better(a: Candidate, b: Candidate) -> Candidate:
     return _select(a.objective <= b.objective, a, b)

@@ -212,15 +212,15 @@ def best_move(problem: Problem, members: Members, barred: Barred | None = None) 
     Returns:
       The move; its gain is negative where every one raises the objective.
     """
-    exchange, slot = _best_exchange(problem, members, barred)
-    addition = _best_addition(problem, members, barred)
-    removal = _best_removal(problem, members, barred)
-    swap = Move(exchange[0], exchange[1], slot, jnp.bool_(True), jnp.bool_(True))
-    best = _larger(swap, addition)
-    return _larger(best, removal)
+    best = larger(
+        best_exchange(problem, members, barred),
+        best_addition(problem, members, barred),
+    )
+    return larger(best, best_removal(problem, members, barred))
 
 
-def _larger(a: Move, b: Move) -> Move:
+def larger(a: Move, b: Move) -> Move:
+    """The move with the larger gain; the first of two equal ones."""
     first = a.gain >= b.gain
     return Move(*(jnp.where(first, x, y) for x, y in zip(a, b, strict=True)))
 
@@ -270,9 +270,10 @@ def removal_terms(
     return jnp.where(free, members.values * ratio, jnp.inf), ratio, pivot
 
 
-def _best_exchange(
-    problem: Problem, members: Members, barred: Barred | None
-) -> tuple[tuple[Scalar, Array], Int[Array, ""]]:
+def best_exchange(
+    problem: Problem, members: Members, barred: Barred | None = None
+) -> Move:
+    """The exchange that lowers the objective most; see `best_move`."""
     # The largest gain of each column first: a maximum along slots is cheap, a search
     # for its place among all pairs is not.
     best = exchange_gains(problem, members, barred)
@@ -286,10 +287,14 @@ def _best_exchange(
         same = problem.group[members.index] == entry_at(problem.group, column)
         gains = jnp.where(same, gains, -jnp.inf)
     slot = jnp.argmax(gains).astype(jnp.int32)
-    return (entry_at(best, column), column), slot
+    yes = jnp.bool_(True)
+    return Move(entry_at(best, column), column, slot, yes, yes)
 
 
-def _best_addition(problem: Problem, members: Members, barred: Barred | None) -> Move:
+def best_addition(
+    problem: Problem, members: Members, barred: Barred | None = None
+) -> Move:
+    """The addition that lowers the objective most; see `best_move`."""
     gain = jnp.square(members.slope) / members.bend / 2 - problem.penalty
     left = room(problem, members) > 0
     if left.shape[0] > 1:
@@ -306,7 +311,10 @@ def _best_addition(problem: Problem, members: Members, barred: Barred | None) ->
     return Move(best, column, slot, jnp.bool_(True), jnp.bool_(False))
 
 
-def _best_removal(problem: Problem, members: Members, barred: Barred | None) -> Move:
+def best_removal(
+    problem: Problem, members: Members, barred: Barred | None = None
+) -> Move:
+    """The removal that raises the objective least; see `best_move`."""
     cost, _, _ = removal_terms(problem, members, barred)
     slot = jnp.argmin(cost).astype(jnp.int32)
     gain = problem.penalty - entry_at(cost, slot) / 2
@@ -327,7 +335,12 @@ def apply_move(problem: Problem, members: Members, move: Move) -> Members:
     slots, size = members.index.shape[0], problem.linear.shape[0]
     here = jnp.arange(slots, dtype=jnp.int32) == slot
     entries = jnp.arange(size, dtype=jnp.int32)
-    column_of = columns(problem, column[None])[0]
+    # A removal needs no pass over the data.
+    column_of = jax.lax.cond(
+        move.enters,
+        lambda: columns(problem, column[None])[0],
+        lambda: jnp.zeros_like(problem.linear),
+    )
     leaving = entry_at(members.inverse, slot)
     row = entry_at(members.coupling, slot)
     value = entry_at(members.values, slot)
@@ -358,11 +371,12 @@ def apply_move(problem: Problem, members: Members, move: Move) -> Members:
     gone = move.leaves & (entries == entry_at(members.index, slot))
     come = move.enters & (entries == column)
     bend = bend - jnp.square(left) * into
-    fresh = jnp.where(move.enters, column_of, 0)[None]
     return Members(
         index=jnp.where(here, jnp.where(move.enters, column, 0), members.index),
         filled=jnp.where(here, move.enters, members.filled),
-        gram=jax.lax.dynamic_update_slice(members.gram, fresh, (slot, jnp.int32(0))),
+        gram=jax.lax.dynamic_update_slice(
+            members.gram, column_of[None], (slot, jnp.int32(0))
+        ),
         inverse=inverse,
         values=jnp.where(here, new, values),
         coupling=jnp.where(here[:, None], (left * into)[None, :], coupling),

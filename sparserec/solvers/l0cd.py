@@ -143,7 +143,7 @@ def l0cd(
         _front.check_weight(name, value)
     lasso = not _is_zero(l1)
     if isinstance(loss_fn, QuadraticModel):
-        _check_model(loss_fn)
+        check_model(loss_fn)
     elif lasso or not swaps:
         raise ValueError(
             "`l1` and `swaps=False` need a quadratic model, such as "
@@ -344,7 +344,7 @@ def _check_choices(order: str, starts, effort: float, key) -> None:
         raise TypeError(f"`key` must be a typed key (`jax.random.key`), got {key!r}.")
 
 
-def _check_model(model: QuadraticModel) -> None:
+def check_model(model: QuadraticModel) -> None:
     """Refuses data with NaN or infinities, by column; traced models pass."""
     leaves = jax.tree.leaves(model.gradient)
     if any(isinstance(x, Tracer) for x in leaves):
