@@ -131,7 +131,9 @@ def by_scores(method, variables, groups, budget, batches, repair, options):
         share = (stage + 1) / options.stages
         limit = whole * (budget / whole) ** share
         limit = budget if share == 1 else limit
-        chosen = structure.select(groups, scores, limit)
+        chosen = structure.select(
+            groups, scores, limit, multiple_of=options.multiple_of
+        )
         keep = {n: chosen[n] & keep[n] for n in keep}
         keep = {n: k if k.any() else chosen[n] for n, k in keep.items()}
     return masked(variables, groups, keep), keep
@@ -149,6 +151,7 @@ def by_gates(variables, groups, budget, batches, repair, options):
         curvature=options.curvature,
         probes=options.probes,
         batch_size=options.batch_size,
+        multiple_of=options.multiple_of,
     )
     gated = structure.gate(variables, groups, solution.params)
     keep = {name: np.asarray(m) for name, m in solution.mask.items()}
@@ -266,6 +269,7 @@ def parsed():
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--curvature", default="fisher")
     parser.add_argument("--probes", type=int)
+    parser.add_argument("--multiple-of", type=int, default=1, help="of all widths")
     parser.add_argument("--steps", type=int, default=20, help="of fine-tuning")
     parser.add_argument("--tests", type=int, default=2000)
     parser.add_argument("--recalibration", type=int, default=1500, help="images")
@@ -340,31 +344,26 @@ def main():
 def finish(results, cost, dense, options):
     """The table, the verdict and the file."""
     good = cost["ratio"] <= HVP_LIMIT
+    columns = ("before", "after", "cpu_s", "speed_up")
+    rows = []
     for cut in options.cuts:
         print(f"operations cut by {cut:g}, means over seeds {options.seeds}")
-        print(
-            f"{'method':12s} {'before':>8s} {'after':>8s} {'CPU s':>8s} {'faster':>7s}"
-        )
+        heads = ("before", "after", "CPU s", "faster")
+        print("method".ljust(12), *(f"{head:>8s}" for head in heads))
         means = {}
         for method in options.methods:
-            rows = [r for r in results if (r["cut"], r["method"]) == (cut, method)]
-            keys = ("before", "after", "cpu_s", "speed_up")
-            means[method] = [float(np.mean([r[key] for r in rows])) for key in keys]
-            before, after, cpu, faster = means[method]
-            shown = (before, after, cpu, faster)
-            print(method.ljust(12), *(f"{value:8.2f}" for value in shown))
-        for column, name in enumerate(("before", "after")):
+            runs = [r for r in results if (r["cut"], r["method"]) == (cut, method)]
+            means[method] = [float(np.mean([r[key] for r in runs])) for key in columns]
+            print(method.ljust(12), *(f"{value:8.2f}" for value in means[method]))
+            rows.append([cut, method, *means[method]])
+        for column, name in enumerate(columns[:2]):
             best = max(means, key=lambda method: means[method][column])
             print(f"best {name} fine-tuning: {best} (target joint)")
             good &= best == "joint" or "joint" not in means
     save(
         options.json,
-        ["cut", "method", "seed", "before, %", "after, %", "CPU s", "times faster"],
-        [
-            [r[key] for key in ("cut", "method", "seed", "before", "after")]
-            + [r["cpu_s"], r["speed_up"]]
-            for r in results
-        ],
+        ["cut", "method", "before, %", "after, %", "CPU s", "times faster"],
+        rows,
         dense=dense,
         product=cost,
         results=results,
