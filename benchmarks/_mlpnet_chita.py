@@ -28,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ridge", type=float, nargs="+", default=[0.016])
     group.add_argument("--stage-schedule", default="geometric")
     group.add_argument("--exchanges", type=int, default=0)
+    group.add_argument("--refinements", type=int, default=0)
+    group.add_argument("--row-kind", choices=("empirical", "sampled"), default="empirical")
 
 
 def target(case: argparse.Namespace) -> tuple[float, float] | None:
@@ -54,8 +56,17 @@ def _loss(predict: Callable) -> Callable:
 
 
 @functools.cache
-def _rows(rows: int, batch_size: int) -> Fisher:
-    return fisher(rows=rows, batch_size=batch_size)
+def _rows(predict: Callable, rows: int, batch_size: int, kind: str) -> Fisher:
+    if kind == "empirical":
+        return fisher(rows=rows, batch_size=batch_size)
+    return fisher(
+        rows=rows,
+        batch_size=batch_size,
+        kind="sampled",
+        predict_fn=predict,
+        output_loss_fn=softmax_cross_entropy,
+        key=jax.random.key(0),
+    )
 
 
 def prune(
@@ -74,15 +85,19 @@ def prune(
         chosen = rng.choice(len(x), case.examples, replace=False)
         return jnp.asarray(x[chosen]), jnp.asarray(y[chosen])
 
+    # Several ridges are judged by a tenth of the examples.
+    built = case.examples - (case.examples // 10 if len(case.ridge) > 1 else 0)
+    rows = built // case.rows_batch
     return chita(
         _loss(predict),
         params,
         keep(params, density=case.density),
         batches=draw,
-        curvature=_rows(case.examples // case.rows_batch, case.rows_batch),
+        curvature=_rows(predict, rows, case.rows_batch, case.row_kind),
         variant=case.variant,
         stages=case.stages,
         schedule=case.stage_schedule,
         ridge=case.ridge if len(case.ridge) > 1 else case.ridge[0],
         exchanges=case.exchanges,
+        refinements=case.refinements,
     )

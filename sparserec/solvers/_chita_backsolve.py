@@ -41,11 +41,12 @@ class Split(NamedTuple):
     rest: Float[Array, "n"]
 
 
-def split_gradient(problem: RowProblem) -> Split:
+def split_gradient(problem: RowProblem, ridge: Scalar | float = 0.0) -> Split:
     r"""Writes the gradient as a combination of rows, as far as it is one.
 
     Rows that are gradients of examples have it as their mean. Other rows (least
-    squares, sampled labels) take a few conjugate gradients on $XX^\top h = Xg$.
+    squares, sampled labels) take a few conjugate gradients on $XX^\top h = Xg$, unless
+    the problem's ridge and `ridge` are so large that Woodbury's formula loses nothing.
     """
     rows, gradient = problem.rows, problem.gradient
     mean = matmul(jnp.ones(rows.shape[0], rows.dtype), rows)
@@ -65,8 +66,14 @@ def split_gradient(problem: RowProblem) -> Split:
         )
         return Split(solved.value, gradient - matmul(solved.value, rows))
 
+    def otherwise() -> Split:
+        squares = jnp.sum(jnp.sum(jnp.square(rows), axis=1))
+        safe = problem.ridge + ridge >= _DELICATE * squares / rows.shape[0]
+        none = jnp.zeros(rows.shape[0], rows.dtype)
+        return jax.lax.cond(safe, lambda: Split(none, gradient), search)
+
     flat = jnp.full(rows.shape[0], share, rows.dtype)
-    return jax.lax.cond(aligned, lambda: Split(flat, rest), search)
+    return jax.lax.cond(aligned, lambda: Split(flat, rest), otherwise)
 
 
 def positive_ridge(ridge: Scalar, gram: Float[Array, "m m"]) -> Scalar:

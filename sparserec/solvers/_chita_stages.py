@@ -15,6 +15,7 @@ from sparserec._types import Params, Scalar, Status
 from sparserec.budget import Budget
 from sparserec.quadratic import Objective, QuadraticModel
 from sparserec.solvers import _states
+from sparserec.solvers._chita_refine import refine
 from sparserec.solvers._chita_types import Found, Limits
 from sparserec.solvers._chita_variants import VARIANTS
 from sparserec.solvers._examples import divide
@@ -40,6 +41,7 @@ class Options:
     schedule: StageSchedule = "exp"
     start_density: float = 0.9
     held_out: float = 0.0
+    refinements: int = 0
 
 
 def stage_budget(options: Options, budget: Budget, index: Int[Array, ""]) -> Budget:
@@ -135,9 +137,23 @@ def step(
 
     values = jnp.stack([judge(i) for i in range(ridges.size)])
     best = jnp.argmin(jnp.where(jnp.isnan(values), jnp.inf, values))
+    gram, found = found.kernel, found._replace(kernel=None)
     chosen = jax.tree.map(lambda x: x[best], found)
     value = values[best]
-    if examples.judge is not examples.build:
+    refined = options.refinements > 0 and not objective.is_quadratic
+    if refined:
+        params = refine(
+            objective,
+            model,
+            chosen.params,
+            chosen.mask,
+            ridges[best],
+            gram,
+            examples,
+            options.refinements,
+        )
+        chosen = chosen._replace(params=params)
+    if refined or examples.judge is not examples.build:
         value = objective.value(chosen.params, args)
     return _next_state(options, state, chosen, value, ridges[best], now, budget)
 

@@ -37,6 +37,7 @@ class _Answer(NamedTuple):
     mask: Bool[Array, "n"]
     converged: Bool[Array, ""]
     status: Int[Array, ""]
+    kernel: Float[Array, "m m"] | None = None
 
 
 def _answer(point: Point, converged: Array | bool = True) -> _Answer:
@@ -110,7 +111,7 @@ def _solved(problem, mask, split, ridges, converged: Array | bool = True) -> _An
         point, status = backsolve(_with(problem, ridge), mask, split, gram)
         return _answer(point, converged)._replace(status=status)
 
-    return _each(solve, ridges)
+    return _each(solve, ridges)._replace(kernel=gram)
 
 
 def _backsolve(
@@ -118,13 +119,14 @@ def _backsolve(
 ) -> _Answer:
     ridged = _with(problem, _middle(limits.ridges))
     mask = _chita_iht.thresholded_step(ridged, budget, start).mask
-    return _solved(problem, mask, split_gradient(problem), limits.ridges)
+    split = split_gradient(problem, jnp.min(limits.ridges))
+    return _solved(problem, mask, split, limits.ridges)
 
 
 def _best(problem: RowProblem, start: Array, budget: Budget, limits: Limits) -> _Answer:
     """IHT and one thresholded step each choose a support; the better is polished."""
     ridged = _with(problem, _middle(limits.ridges))
-    split = split_gradient(problem)
+    split = split_gradient(problem, jnp.min(limits.ridges))
     one = _chita_iht.thresholded_step(ridged, budget, start)
     many = _chita_iht.search(
         ridged, budget, one, tol=limits.tol, max_steps=limits.max_steps
@@ -160,7 +162,7 @@ def _surgeon(
     if not isinstance(model.curvature, LowRank):
         return refit(flat, params, mask, limits.ridges)
     problem = compressed(row_problem(flat))
-    split = split_gradient(problem)
+    split = split_gradient(problem, jnp.min(limits.ridges))
     ridged = _with(problem, ridge)
     point, _ = backsolve(ridged, _tree.flatten(mask), split)
     point, done = _chita_exchange.polish(
@@ -174,7 +176,11 @@ def _surgeon(
 def _found(problem: RowProblem, answer: _Answer) -> Found:
     split = jax.vmap(problem.layout.split)
     return Found(
-        split(answer.params), split(answer.mask), answer.converged, answer.status
+        split(answer.params),
+        split(answer.mask),
+        answer.converged,
+        answer.status,
+        answer.kernel,
     )
 
 
