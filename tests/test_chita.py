@@ -194,18 +194,19 @@ def test_passes_over_gathered_columns(rows):
 
 def test_a_pass_of_cyclic_descent_is_that_of_a_loop():
     model, x, center, gradient = instance(4)
-    start = oracles.top_k_mask(center, 6)
     solution = chita(model, model.center, 6, variant="cyclic", max_steps=3, tol=0.0)
     mask = np.asarray(solution.mask)
     # The support is that of the thresholded step, and so are the values it starts at.
     hessian, linear = linear_form(x, center, gradient, RIDGE)
-    slope = gradient
-    inside = np.where(start, slope, 0)
-    exact = inside @ inside / (inside @ hessian @ inside)
-    trials = [
-        oracles.hard_threshold(center - factor * exact * slope, 6)
-        for factor in (0.0, 0.5, 1.0, 2.0)
-    ]
+    diagonal = np.diag(hessian)
+
+    def cut(params):
+        return np.where(oracles.top_k_mask(np.sqrt(diagonal) * params, 6), params, 0)
+
+    direction = gradient / (diagonal + diagonal.mean())
+    inside = np.where(cut(center) != 0, direction, 0)
+    exact = inside @ gradient / (inside @ hessian @ inside)
+    trials = [cut(center - factor * exact * direction) for factor in (0, 0.5, 1, 2)]
     params = min(trials, key=lambda w: value(x, center, gradient, RIDGE, w)).copy()
     np.testing.assert_array_equal(params != 0, mask)
     for _ in range(3):

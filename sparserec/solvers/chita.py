@@ -17,7 +17,7 @@ from sparserec._types import LossFn, Params, Prunable, Scalar
 from sparserec.budget import matrices
 from sparserec.quadratic import CurvatureFn, Objective, QuadraticModel
 from sparserec.quadratic._fisher import Fisher
-from sparserec.solvers import _chita_stages, _front, _states
+from sparserec.solvers import _chita_stages, _front
 from sparserec.solvers._chita_stages import SCHEDULES, Options, StageSchedule
 from sparserec.solvers._chita_types import Limits
 from sparserec.solvers._chita_variants import NEEDS, VARIANTS
@@ -39,7 +39,7 @@ def chita_solver(objective: Objective, *, options: Options, limits: Limits) -> S
       The pair of init and step.
     """
     return Solver(
-        init=Partial(_states.dense_start, objective),
+        init=Partial(_chita_stages.start, objective, options),
         step=Partial(_chita_stages.step, objective, options, limits),
     )
 
