@@ -178,8 +178,16 @@ def staged(data: Data, case: argparse.Namespace, density: float, seed: int) -> d
     for stage in range(case.stages):
         share = density ** min(1.0, (stage + 1) / growing)
         examples = draw(now, case.rows * case.rows_batch, rng)
-        model = builder(loss_of(now), params, examples)
-        solution = chita(model, params, int(share * total), variant=case.variant)
+        solution = chita(
+            loss_of(now),
+            params,
+            int(share * total),
+            args=examples,
+            curvature=builder,
+            variant=case.variant,
+            held_out=0.1 if case.refinements else None,
+            refinements=case.refinements,
+        )
         params = solution.params
         now = now._replace(stats=new_stats(now, params, case.statistics, rng))
     seconds = time.process_time() - start
@@ -235,6 +243,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--stages", type=int, default=1)
     parser.add_argument("--growing", type=float, default=0.7, help="share of stages")
     parser.add_argument("--variant", default="bso")
+    parser.add_argument("--refinements", type=int, default=0)
     parser.add_argument("--statistics", type=int, default=4660, help="images")
     parser.add_argument("--test", type=int, help="test images; default all")
     parser.add_argument("--seeds", type=int, default=1)

@@ -41,12 +41,12 @@ def _solver(
     shift = positive_ridge(problem.ridge + ridge.astype(gram.dtype), gram)
     identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
     factor = _linsolve.cholesky(gram + shift * identity)
-    zero = jnp.zeros(gram.shape[0], gram.dtype)
+    dual, still = jnp.zeros(gram.shape[0], gram.dtype), jnp.zeros_like(problem.center)
 
     def solve(slope: Params) -> Params:
-        split = Split(zero, _tree.flatten(slope).astype(gram.dtype))
-        step = solve_with(problem, support, factor, shift, split, zero)
-        return problem.layout.split(step)
+        split = Split(dual, _tree.flatten(slope).astype(gram.dtype))
+        found = solve_with(problem, support, gram, factor, shift, split, still)
+        return problem.layout.split(found.step)
 
     return solve
 

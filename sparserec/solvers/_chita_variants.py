@@ -204,15 +204,36 @@ def _on_rows(solve: Callable[..., _Answer]) -> Callable[..., Found]:
 def _steps_by_gradient(
     model: QuadraticModel, params: Params, budget: Budget, ridge: Scalar
 ) -> list[tuple[Params, Mask]]:
-    """Projections of the params and of gradient steps from them."""
-    slope = model.at(params).gradient
-    mask = select.support(params, budget.counts, budget.groups)
-    inside = _tree.keep(mask, slope)
-    norm = _tree.dot(inside, inside)
-    bend = _tree.dot(inside, model.curvature.matvec(inside)) + ridge * norm
-    length = norm / jnp.where(bend > 0, bend, 1)
-    points = [_tree.add_scaled(params, -x * length, slope) for x in (0, 0.5, 1.0, 2.0)]
-    masks = [select.support(x, budget.counts, budget.groups) for x in points]
+    """Thresholded steps as in `_chita_iht.thresholded_step`, for any curvature.
+
+    Where the curvature knows no diagonal, the metric is the plain one.
+    """
+    curvature, slope = model.curvature, model.at(params).gradient
+    if hasattr(curvature, "diagonal"):
+        diagonal = jax.tree.map(lambda d: d + ridge.astype(d.dtype), curvature.diagonal())
+    else:
+        diagonal = jax.tree.map(jnp.ones_like, params)
+    mean = jnp.mean(_tree.flatten(diagonal))
+    scale = jax.tree.map(lambda d: jnp.where(mean > 0, jnp.sqrt(d), 1), diagonal)
+    direction = jax.tree.map(
+        lambda g, d: g / jnp.where(mean > 0, d + mean, 1).astype(g.dtype),
+        slope,
+        diagonal,
+    )
+
+    def chosen(point: Params) -> Mask:
+        scores = jax.tree.map(jnp.multiply, scale, point)
+        return select.support(scores, budget.counts, budget.groups)
+
+    inside = _tree.keep(chosen(params), direction)
+    bend = _tree.dot(inside, curvature.matvec(inside)) + ridge * _tree.dot(
+        inside, inside
+    )
+    length = _tree.dot(inside, slope) / jnp.where(bend > 0, bend, 1)
+    points = [
+        _tree.add_scaled(params, -x * length, direction) for x in (0, 0.5, 1.0, 2.0)
+    ]
+    masks = [chosen(x) for x in points]
     return [(_tree.keep(m, x), m) for m, x in zip(masks, points, strict=True)]
 
 
