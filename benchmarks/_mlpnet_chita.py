@@ -19,6 +19,7 @@ VARIANTS = ("iht", "cd", "cyclic", "bso", "best", "obs", "cbs")
 ONE_STAGE = {0.5: 93.68, 0.3: 93.57, 0.2: 93.39, 0.1: 92.2, 0.05: 87.76, 0.02: 44.0}
 STAGES = {0.5: 96.5, 0.2: 96.4, 0.1: 96.3, 0.05: 95.8, 0.02: 91.5}
 SECONDS = 3.0
+HELD_OUT = 0.1  # share of the examples that judge ridges and refinements
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stage-schedule", default="geometric")
     group.add_argument("--exchanges", type=int, default=0)
     group.add_argument("--refinements", type=int, default=0)
-    group.add_argument("--row-kind", choices=("empirical", "sampled"), default="empirical")
+    group.add_argument(
+        "--row-kind", choices=("empirical", "sampled"), default="empirical"
+    )
 
 
 def target(case: argparse.Namespace) -> tuple[float, float] | None:
@@ -42,8 +45,14 @@ def target(case: argparse.Namespace) -> tuple[float, float] | None:
 
 
 def describe(case: argparse.Namespace) -> str:
-    rows = case.examples // case.rows_batch
-    return f"chita {case.variant}, {rows} rows of {case.rows_batch}"
+    kind = f"{rows_of(case)} {case.row_kind} rows of {case.rows_batch}"
+    return f"{case.variant}, {kind}, {case.refinements} refinements"
+
+
+def rows_of(case: argparse.Namespace) -> int:
+    """As many as the examples give that do not judge."""
+    held_out = HELD_OUT if case.refinements or len(case.ridge) > 1 else 0
+    return int((1 - held_out) * case.examples) // case.rows_batch
 
 
 @functools.cache
@@ -85,9 +94,7 @@ def prune(
         chosen = rng.choice(len(x), case.examples, replace=False)
         return jnp.asarray(x[chosen]), jnp.asarray(y[chosen])
 
-    # Several ridges are judged by a tenth of the examples.
-    built = case.examples - (case.examples // 10 if len(case.ridge) > 1 else 0)
-    rows = built // case.rows_batch
+    rows = rows_of(case)
     return chita(
         _loss(predict),
         params,
@@ -100,4 +107,5 @@ def prune(
         ridge=case.ridge if len(case.ridge) > 1 else case.ridge[0],
         exchanges=case.exchanges,
         refinements=case.refinements,
+        held_out=HELD_OUT if case.refinements else None,
     )

@@ -14,7 +14,6 @@ exits 1 where a target is missed.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import sys
@@ -35,11 +34,21 @@ from jax.tree_util import Partial  # noqa: E402
 
 import sparserec  # noqa: E402
 from benchmarks import _resnet20 as resnet  # noqa: E402
+from benchmarks._output import save  # noqa: E402
 from sparserec import quadratic  # noqa: E402
 from sparserec._recalibrate import recalibrate  # noqa: E402
 from sparserec.quadratic._fisher import Fisher, fisher  # noqa: E402
 from sparserec.solvers.chita import chita  # noqa: E402
 
+COLUMNS = [
+    "density",
+    "method",
+    "accuracy",
+    "with new statistics",
+    "seeds",
+    "CPU s",
+    "target",
+]
 BATCH = 466  # images in a batch of statistics; divides the lossless set
 
 
@@ -207,9 +216,11 @@ def staged(data: Data, case: argparse.Namespace, density: float, seed: int) -> d
     return row
 
 
-def verdict(results: list[dict], targets: dict[float, Target]) -> bool:
-    """Prints means over seeds beside the targets; whether all are met."""
-    met = True
+def verdict(
+    results: list[dict], targets: dict[float, Target]
+) -> tuple[bool, list[list]]:
+    """Prints means over seeds beside the targets; whether all are met, and a table."""
+    met, table = True, []
     print("density  method  accuracy  with new statistics  CPU s")
     for method, density in sorted({(r["method"], r["density"]) for r in results}):
         rows = [r for r in results if (r["method"], r["density"]) == (method, density)]
@@ -219,14 +230,19 @@ def verdict(results: list[dict], targets: dict[float, Target]) -> bool:
         )
         seconds = float(np.median([r["seconds"] for r in rows]))
         print(f"{density:g}  {method}  {plain:.2f}  {fresh:.2f}  {seconds:.2f}")
+        row = [f"{100 * density:g} %", method, round(plain, 2), round(fresh, 2)]
+        table.append([*row, len(rows), round(seconds, 2), ""])
         target = targets.get(density)
         if method == "magnitude" or target is None:
             continue
         good = plain >= target.plain and fresh >= target.recalibrated
         good &= seconds <= target.seconds
-        print(f"    target {target}: {'met' if good else 'MISSED'}")
+        word = "met" if good else "MISSED"
+        print(f"    target {target}: {word}")
+        floors = f"{target.plain:g} / {target.recalibrated:g} %"
+        table[-1][-1] = f"{floors} in {target.seconds:g} CPU s: {word}"
         met &= good
-    return met
+    return met, table
 
 
 def arguments() -> argparse.Namespace:
@@ -266,11 +282,11 @@ def main() -> int:
             results += one_shot(data, case, seed)
         else:
             results += [staged(data, case, d, seed) for d in case.density]
-        if case.json:
-            case.json.write_text(json.dumps(results, indent=2) + "\n")
     targets = ONE_SHOT if case.stages == 1 else STAGED
     comparable = case.images == ("jpeg" if case.stages == 1 else "lossless")
-    return 0 if verdict(results, targets if comparable else {}) else 1
+    met, rows = verdict(results, targets if comparable else {})
+    save(case.json, COLUMNS, rows, images=case.images, dense=dense, results=results)
+    return 0 if met else 1
 
 
 if __name__ == "__main__":

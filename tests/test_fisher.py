@@ -503,7 +503,7 @@ def test_iobs_takes_the_curvature(options):
 
 
 def test_iobs_on_many_weights_writes_no_matrix(monkeypatch):
-    def refuse(self):
+    def refuse(_):
         raise AssertionError("an n by n matrix was formed")
 
     monkeypatch.setattr(quadratic.LowRank, "to_matrix", refuse)

@@ -210,7 +210,9 @@ def _steps_by_gradient(
     """
     curvature, slope = model.curvature, model.at(params).gradient
     if hasattr(curvature, "diagonal"):
-        diagonal = jax.tree.map(lambda d: d + ridge.astype(d.dtype), curvature.diagonal())
+        diagonal = jax.tree.map(
+            lambda d: d + ridge.astype(d.dtype), curvature.diagonal()
+        )
     else:
         diagonal = jax.tree.map(jnp.ones_like, params)
     mean = jnp.mean(_tree.flatten(diagonal))

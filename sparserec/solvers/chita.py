@@ -115,7 +115,7 @@ def chita(
         `"cbs"`; traced.
       refinements: further steps on the support at the end of each stage, from fresh
         gradients of the loss under the curvature at hand; each is taken, in full or
-        by half, where it lowers the loss on the held-out examples, or on all where
+        in part, where it lowers the loss on the held-out examples, or on all where
         none are held out. Static. Ignored where `loss_fn` is a model.
       prunable: which leaves may be pruned; see `sparserec.matrices`. Other leaves
         are refitted along with the support.
