@@ -21,6 +21,7 @@ from sparserec.solvers._chita_rows import (
     Columns,
     Point,
     RowProblem,
+    better,
     group_of_entries,
     largest,
     point_at,
@@ -319,3 +320,45 @@ def search(
     )
     end = jax.lax.while_loop(lambda state: ~state.done, one_round, start)
     return Search(end.point, end.steps, end.converged)
+
+
+class _Attempt(NamedTuple):
+    point: Point
+    number: Int[Array, ""]
+    converged: Bool[Array, ""]
+
+
+def search_from_both(
+    problem: RowProblem,
+    budget: Budget,
+    start: Float[Array, "n"],
+    *,
+    tol: Scalar,
+    max_steps: Int[Array, ""] | int,
+) -> tuple[Point, Bool[Array, ""]]:
+    """IHT from the projection of a start and, where it converged, from another point.
+
+    The other point is the thresholded step, whose support is another one: where a
+    large ridge stops IHT soon, the two often end in different minima.
+
+    Returns:
+      The better end, and whether the last search converged.
+    """
+
+    def attempt(before: _Attempt) -> _Attempt:
+        begin = jax.lax.cond(
+            before.number == 0,
+            lambda: before.point,
+            lambda: thresholded_step(problem, budget, start),
+        )
+        end = search(problem, budget, begin, tol=tol, max_steps=max_steps)
+        point = better(before.point, end.point)
+        return _Attempt(point, before.number + 1, end.converged)
+
+    first = first_point(problem, budget, start)
+    last = jax.lax.while_loop(
+        lambda now: (now.number == 0) | ((now.number == 1) & now.converged),
+        attempt,
+        _Attempt(first, jnp.int32(0), jnp.bool_(False)),
+    )
+    return last.point, last.converged

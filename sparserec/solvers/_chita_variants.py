@@ -76,11 +76,10 @@ def _each(solve: Callable[[Scalar], _Answer], ridges: Float[Array, "l"]) -> _Ans
 def _iht(problem: RowProblem, start: Array, budget: Budget, limits: Limits) -> _Answer:
     def solve(ridge: Scalar) -> _Answer:
         ridged = _with(problem, ridge)
-        first = _chita_iht.first_point(ridged, budget, start)
-        end = _chita_iht.search(
-            ridged, budget, first, tol=limits.tol, max_steps=limits.max_steps
+        point, converged = _chita_iht.search_from_both(
+            ridged, budget, start, tol=limits.tol, max_steps=limits.max_steps
         )
-        return _answer(end.point, end.converged)
+        return _answer(point, converged)
 
     return _each(solve, limits.ridges)
 
