@@ -14,6 +14,7 @@ exits 1 where a target is missed.
 """
 
 import argparse
+import math
 import os
 import pathlib
 import sys
@@ -49,6 +50,7 @@ COLUMNS = [
     "CPU s",
     "target",
 ]
+HELD_OUT = 0.1  # share of a stage's examples that judge refinements
 BATCH = 466  # images in a batch of statistics; divides the lossless set
 
 
@@ -183,10 +185,12 @@ def staged(data: Data, case: argparse.Namespace, density: float, seed: int) -> d
     builder, params, now = builder_of(case), data.params, data
     total = sum(w.size for w in params.values())
     growing = max(1, int(case.growing * case.stages))
+    held_out = HELD_OUT if case.refinements else 0.0
+    wanted = case.rows * case.rows_batch / (1 - held_out) + 1
     start = time.process_time()
     for stage in range(case.stages):
         share = density ** min(1.0, (stage + 1) / growing)
-        examples = draw(now, case.rows * case.rows_batch, rng)
+        examples = draw(now, math.ceil(wanted), rng)
         solution = chita(
             loss_of(now),
             params,
@@ -194,7 +198,7 @@ def staged(data: Data, case: argparse.Namespace, density: float, seed: int) -> d
             args=examples,
             curvature=builder,
             variant=case.variant,
-            held_out=0.1 if case.refinements else None,
+            held_out=held_out,
             refinements=case.refinements,
         )
         params = solution.params

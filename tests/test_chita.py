@@ -431,7 +431,7 @@ def test_the_average_of_the_last_stages_is_taken_where_its_loss_is_lower():
 
     objective = quadratic.make_objective(distance)
     options = _chita_stages.Options(stages=6)
-    budget = make_budget(2, jnp.zeros(4), lambda path, leaf: True)
+    budget = make_budget(2, jnp.zeros(4), lambda *_: True)
     examples = divide((), 0.0)
     mask = jnp.asarray([True, True, False, False])
 
