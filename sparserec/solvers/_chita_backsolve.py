@@ -184,6 +184,10 @@ def backsolve(
     point = jax.lax.cond(usable, stepped, lambda: point_at(problem, masked, mask))
     mean = jnp.trace(gram) / gram.shape[0]
     delicate = usable & (problem.ridge < _DELICATE * mean)
+    # The product by way of the kernel has lost digits there.
+    point = jax.lax.cond(
+        delicate, lambda: point_at(problem, point.params, mask), lambda: point
+    )
     point = jax.lax.fori_loop(
         0,
         jnp.where(delicate, _REFINEMENTS, 0),
