@@ -176,15 +176,19 @@ def magnitude(data: Data, case: argparse.Namespace):
     return sparserec.apply_mask(data.params, sparserec.select.top_k(data.params, k))
 
 
-def measure(data: Data, case: argparse.Namespace) -> dict:
-    """Accuracy and CPU seconds of every seed, after one run that compiles."""
+def measure(data: Data, case: argparse.Namespace, *, compiles: bool = True) -> dict:
+    """Accuracy and CPU seconds of every seed, if need be after one that compiles."""
     seeds = range(case.seed0, case.seed0 + case.seeds)
     results = {"density": case.density, "examples": case.examples}
     results |= {"stages": case.stages, "cg_steps": case.cg_steps, "fixed": case.fixed}
+    results["how"] = case.cg_steps
+    if case.method == "chita":
+        results["how"] = _mlpnet_chita.describe(case)
     if case.method == "magnitude":
         value = float(accuracy(magnitude(data, case), *data.test))
         return results | {"accuracies": [value], "seconds": [0.0]}
-    jax.block_until_ready(prune(data, case, seeds[0] + 10_000))
+    if compiles:
+        jax.block_until_ready(prune(data, case, seeds[0] + 10_000))
     accuracies, seconds = [], []
     for seed in seeds:
         start = time.process_time()
@@ -208,14 +212,14 @@ def verdict(result: dict, target: Target | None) -> tuple[bool, list]:
     slowest = float(np.median(result["seconds"]))
     print(
         f"density {100 * result['density']:g} %, {result['examples']} examples x "
-        f"{result['stages']} stages, {result['cg_steps']} CG steps: "
+        f"{result['stages']} stages, {result['how']}: "
         f"mean {mean:.2f} %, lowest {worst:.2f} %, {slowest:.1f} CPU s"
     )
     kind = "fixed" if result["fixed"] else "fresh"
     row = [
         f"{100 * result['density']:g} %",
         f"{result['stages']} stages x {result['examples']:,} {kind}",
-        result["cg_steps"],
+        result["how"],
         round(mean, 2),
         round(worst, 2),
         round(slowest, 1),
@@ -235,7 +239,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--method", choices=("iobs", "chita", "magnitude"), default="iobs"
     )
-    parser.add_argument("--density", type=float, default=0.02)
+    parser.add_argument("--density", type=float, nargs="+", default=[0.02])
     parser.add_argument("--examples", type=int, default=16_000, help="in each stage")
     parser.add_argument("--stages", type=int, default=16)
     parser.add_argument("--cg-steps", type=int, default=5)
@@ -254,17 +258,24 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     case, data = arguments(), load()
     print(f"device: {jax.devices()[0].device_kind}, jax {jax.__version__}")
-    cells = [case]
+    sizes = [(case.examples, case.stages, case.cg_steps)]
     if case.grid:
-        cells = [
-            argparse.Namespace(
-                **vars(case) | {"examples": n, "stages": s, "cg_steps": c}
-            )
-            for n, s, c in itertools.product(GRID_EXAMPLES, GRID_STAGES, GRID_CG_STEPS)
-        ]
+        sizes = list(itertools.product(GRID_EXAMPLES, GRID_STAGES, GRID_CG_STEPS))
+    cells = [
+        argparse.Namespace(
+            **vars(case) | {"density": d, "examples": n, "stages": s, "cg_steps": c}
+        )
+        for (n, s, c), d in itertools.product(sizes, case.density)
+    ]
+    columns = [
+        "solver" if head == "CG steps" and case.method == "chita" else head
+        for head in COLUMNS
+    ]
     met, results, rows = [], [], []
-    for cell in cells:
-        results.append(measure(data, cell))
+    for number, cell in enumerate(cells):
+        # One program serves all densities.
+        compiles = number % len(case.density) == 0
+        results.append(measure(data, cell, compiles=compiles))
         budget = cell.examples * (1 if cell.fixed else cell.stages)
         target = TARGETS.get((cell.density, budget, cell.fixed))
         if cell.method == "magnitude":
@@ -275,7 +286,7 @@ def main() -> int:
         good, row = verdict(results[-1], GRID_FLOOR if case.grid else target)
         met.append(good)
         rows.append(row)
-        save(case.json, COLUMNS, rows, results=results)
+        save(case.json, columns, rows, results=results)
     return 0 if all(met) else 1
 
 

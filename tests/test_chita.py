@@ -6,6 +6,7 @@ import itertools
 from typing import Any, cast
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import oracles
@@ -13,6 +14,7 @@ import pytest
 
 import sparserec
 from sparserec import Status, quadratic
+from sparserec.budget import make_budget
 from sparserec.quadratic._fisher import fisher
 from sparserec.solvers import (
     _chita_backsolve,
@@ -21,6 +23,8 @@ from sparserec.solvers import (
     _chita_rows,
     _chita_stages,
 )
+from sparserec.solvers._chita_types import Found
+from sparserec.solvers._examples import divide
 from sparserec.solvers.chita import chita
 
 ROWS, WEIGHTS, RIDGE = 8, 14, 0.05
@@ -194,18 +198,19 @@ def test_passes_over_gathered_columns(rows):
 
 def test_a_pass_of_cyclic_descent_is_that_of_a_loop():
     model, x, center, gradient = instance(4)
-    start = oracles.top_k_mask(center, 6)
     solution = chita(model, model.center, 6, variant="cyclic", max_steps=3, tol=0.0)
     mask = np.asarray(solution.mask)
     # The support is that of the thresholded step, and so are the values it starts at.
     hessian, linear = linear_form(x, center, gradient, RIDGE)
-    slope = gradient
-    inside = np.where(start, slope, 0)
-    exact = inside @ inside / (inside @ hessian @ inside)
-    trials = [
-        oracles.hard_threshold(center - factor * exact * slope, 6)
-        for factor in (0.0, 0.5, 1.0, 2.0)
-    ]
+    diagonal = np.diag(hessian)
+
+    def cut(params):
+        return np.where(oracles.top_k_mask(np.sqrt(diagonal) * params, 6), params, 0)
+
+    direction = gradient / (diagonal + diagonal.mean())
+    inside = np.where(cut(center) != 0, direction, 0)
+    exact = inside @ gradient / (inside @ hessian @ inside)
+    trials = [cut(center - factor * exact * direction) for factor in (0, 0.5, 1, 2)]
     params = min(trials, key=lambda w: value(x, center, gradient, RIDGE, w)).copy()
     np.testing.assert_array_equal(params != 0, mask)
     for _ in range(3):
@@ -398,6 +403,65 @@ def test_stages_beat_one_stage_and_magnitude(variant):
     assert many.status in (Status.MAX_STEPS, Status.CONVERGED)
     alive = sum(int(jnp.count_nonzero(many.params[n])) for n in ("first", "second"))
     assert alive <= 10
+
+
+def test_stages_on_a_single_array():
+    inputs, targets = network()[1]
+    weights = jnp.full((inputs.shape[1], targets.shape[1]), 0.1)
+
+    def linear(weights, x, y):
+        return jnp.mean(jnp.square(x @ weights - y))
+
+    args = (inputs, targets)
+    solution = chita(linear, weights, 5, args=args, variant="bso", stages=3, ridge=0.1)
+    assert int(solution.mask.sum()) == 5
+    np.testing.assert_allclose(solution.objective, linear(solution.params, *args))
+
+
+def test_a_refinement_is_a_damped_newton_step_of_the_loss():
+    params, args = network()
+    common = {"curvature": rows_of_four, "variant": "bso", "ridge": 0.1, "args": args}
+    before = chita(loss, params, 10, **common)
+    after = chita(loss, params, 10, refinements=1, **common)
+    curvature = cast(quadratic.LowRank, rows_of_four(loss, params, args).curvature)
+    rows = np.asarray(curvature.rows)
+    mask = np.concatenate([np.ravel(m) for m in jax.tree.leaves(before.mask)])
+    start, unravel = jax.flatten_util.ravel_pytree(before.params)
+    slope = np.asarray(jax.grad(lambda v: loss(unravel(v), *args))(start))[mask]
+    kept = rows[:, mask]
+    move = np.zeros(start.size)
+    lengths = 0, 1 / 64, 1 / 16, 1 / 4, 1 / 2, 1
+    move[mask] = -np.linalg.solve(kept.T @ kept + 0.1 * np.eye(mask.sum()), slope)
+    trials = [unravel(start + length * move) for length in lengths]
+    best = min(trials, key=lambda trial: float(loss(trial, *args)))
+    for a, b in zip(*map(jax.tree.leaves, (after.params, best)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
+    assert after.objective < before.objective
+
+
+def test_the_average_of_the_last_stages_is_taken_where_its_loss_is_lower():
+    def distance(params):
+        return jnp.sum(jnp.square(params - jnp.asarray([3.0, 2.0, 0.1, 0.0])))
+
+    objective = quadratic.make_objective(distance)
+    options = _chita_stages.Options(stages=6)
+    budget = make_budget(2, jnp.zeros(4), lambda *_: True)
+    examples = divide((), 0.0)
+    mask = jnp.asarray([True, True, False, False])
+
+    def end(last, before):
+        found = Found(last, mask, jnp.bool_(True), jnp.int32(Status.CONVERGED))
+        chosen, _ = _chita_stages._averaged(
+            objective, options, found, before, examples, budget, jnp.int32(5)
+        )
+        return chosen
+
+    last = jnp.asarray([4.0, 1.0, 0.0, 0.0])
+    better = end(last, jnp.asarray([2.0, 3.0, 0.2, 0.0]))
+    # Two of six stages count; the mean of the last two keeps its two largest.
+    np.testing.assert_allclose(better.params, [3.0, 2.0, 0.0, 0.0])
+    worse = end(last, jnp.asarray([9.0, 9.0, 0.0, 0.0]))
+    np.testing.assert_array_equal(worse.params, last)
 
 
 def test_fresh_rows_from_a_callable_are_those_of_a_stack():

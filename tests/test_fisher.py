@@ -502,6 +502,35 @@ def test_iobs_takes_the_curvature(options):
     assert softmax_loss(solution.params, x, y) < 0.95 * plain
 
 
+def test_iobs_on_many_weights_writes_no_matrix(monkeypatch):
+    def refuse(_):
+        raise AssertionError("an n by n matrix was formed")
+
+    monkeypatch.setattr(quadratic.LowRank, "to_matrix", refuse)
+    rng = np.random.default_rng(0)
+    x, y = jnp.asarray(rng.normal(size=(12, 70))), jnp.asarray(rng.normal(size=12))
+
+    def squares(weights, x, y):
+        return jnp.mean(jnp.square(jnp.tanh(x @ weights) @ jnp.ones(30) - y))
+
+    weights = jnp.asarray(rng.normal(size=(70, 30)) / 30)
+    solution = sparserec.iobs(
+        squares,
+        weights,
+        200,
+        args=(x, y),
+        curvature=fisher(ridge=1e-2),
+        max_steps=1,
+    )
+    assert int(solution.mask.sum()) == 200
+
+
+def test_iobs_refuses_chunks_of_data_for_rows():
+    params, args = problem()
+    with pytest.raises(ValueError, match="leave `batch_size` out"):
+        sparserec.iobs(loss, params, 20, args=args, curvature=fisher(), batch_size=8)
+
+
 def test_equal_builders_compile_a_solver_once():
     params, args = problem()
     traces = []

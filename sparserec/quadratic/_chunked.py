@@ -81,6 +81,16 @@ def value(loss_fn: LossFn, params: Params, args: tuple, batch_size: int) -> Scal
     )
 
 
+def value_and_gradient(
+    loss_fn: LossFn, params: Params, args: tuple, batch_size: int
+) -> tuple[Scalar, Params]:
+    """Mean loss over all chunks, and its gradient."""
+    return _weighted_sum(
+        (_value_and_gradient(loss_fn, params, piece), weight)
+        for piece, weight in chunks(args, batch_size)
+    )
+
+
 def _chunked_product(curvature, loss_fn, params, args, batch_size):
     def product(v: Params) -> Params:
         return _weighted_sum(
@@ -111,10 +121,7 @@ def local_model(
     if isinstance(curvature, Hessian):
         # A stored matrix would be rebuilt for every product of every chunk.
         curvature = dataclasses.replace(curvature, dense_limit=0)
-    value, gradient = _weighted_sum(
-        (_value_and_gradient(loss_fn, params, piece), weight)
-        for piece, weight in chunks(args, batch_size)
-    )
+    value, gradient = value_and_gradient(loss_fn, params, args, batch_size)
     data = (loss_fn, params, args, batch_size)
     summed = MatrixFree(
         prepare=Partial(functools.partial(_chunked_product, curvature), *data),

@@ -257,7 +257,8 @@ class LowRank:
 
     def diagonal(self) -> Params:
         """Diagonal of $H$, shaped like the params."""
-        return _shaped(jnp.sum(jnp.square(self.rows), axis=0) + self.ridge, self.layout)
+        squares = _linsolve.column_dots(self.rows, self.rows)
+        return _shaped(squares + self.ridge, self.layout)
 
     def columns(self, index: Int[Array, "s"]) -> Float[Array, "n s"]:
         """Columns of $H$ at flat indices, shape `(n, s)`: one pass over the rows."""
@@ -302,7 +303,7 @@ class LowRank:
         identity = jnp.eye(self.rows.shape[0], dtype=self.rows.dtype)
         kernel = matmul(self.rows, self.rows.T) + shift * identity
         inverse, _ = _linsolve.inverse_positive(kernel)
-        explained = jnp.sum(self.rows * matmul(inverse, self.rows), axis=0)
+        explained = _linsolve.column_dots(self.rows, matmul(inverse, self.rows))
         return _shaped((1 - explained) / shift, self.layout)
 
     def effective_dimension(self, damping: Scalar) -> Scalar:

@@ -132,11 +132,8 @@ class Fisher:
         """Over all examples, those beyond the rows too."""
         if not self.on_host:
             return _value_and_gradient(loss_fn, params, args)
-        pieces = _chunked.chunks(args, max(spec.chunk * spec.batch_size, 32))
-        return _chunked._weighted_sum(
-            (_value_and_gradient(loss_fn, params, piece), share)
-            for piece, share in pieces
-        )
+        size = max(spec.chunk * spec.batch_size, 32)
+        return _chunked.value_and_gradient(loss_fn, params, args, size)
 
     def _curvature(
         self, spec: RowSpec, params: Params, collected: Collected

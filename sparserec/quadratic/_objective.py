@@ -53,6 +53,15 @@ class Objective:
         # what the iterations carry along.
         return value.astype(_tree.dtype(params))
 
+    def gradient(self, params: Params, args: tuple) -> Params:
+        """The gradient of the loss at `params`, shaped like them."""
+        if self.batch_size is None:
+            return jax.grad(self.loss_fn)(params, *args)
+        _, slope = _chunked.value_and_gradient(
+            self.loss_fn, params, args, self.batch_size
+        )
+        return slope
+
     def model(self, params: Params, args: tuple) -> QuadraticModel:
         """The local quadratic model at `params`."""
         if isinstance(self.loss_fn, QuadraticModel):

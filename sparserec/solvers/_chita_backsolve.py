@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sparserec import _linsolve
 from sparserec._linsolve import matmul
 from sparserec._types import Scalar
-from sparserec.solvers._chita_rows import Point, RowProblem, kernel
+from sparserec.solvers._chita_rows import Point, RowProblem, kernel, point_at
 
 _ALIGNED = 1e-3
 """Relative rest of the gradient below which the mean row is taken to explain it."""
@@ -41,11 +41,12 @@ class Split(NamedTuple):
     rest: Float[Array, "n"]
 
 
-def split_gradient(problem: RowProblem) -> Split:
+def split_gradient(problem: RowProblem, ridge: Scalar | float = 0.0) -> Split:
     r"""Writes the gradient as a combination of rows, as far as it is one.
 
     Rows that are gradients of examples have it as their mean. Other rows (least
-    squares, sampled labels) take a few conjugate gradients on $XX^\top h = Xg$.
+    squares, sampled labels) take a few conjugate gradients on $XX^\top h = Xg$, unless
+    the problem's ridge and `ridge` are so large that Woodbury's formula loses nothing.
     """
     rows, gradient = problem.rows, problem.gradient
     mean = matmul(jnp.ones(rows.shape[0], rows.dtype), rows)
@@ -65,8 +66,14 @@ def split_gradient(problem: RowProblem) -> Split:
         )
         return Split(solved.value, gradient - matmul(solved.value, rows))
 
+    def otherwise() -> Split:
+        squares = jnp.sum(jnp.sum(jnp.square(rows), axis=1))
+        safe = problem.ridge + ridge >= _DELICATE * squares / rows.shape[0]
+        none = jnp.zeros(rows.shape[0], rows.dtype)
+        return jax.lax.cond(safe, lambda: Split(none, gradient), search)
+
     flat = jnp.full(rows.shape[0], share, rows.dtype)
-    return jax.lax.cond(aligned, lambda: Split(flat, rest), search)
+    return jax.lax.cond(aligned, lambda: Split(flat, rest), otherwise)
 
 
 def positive_ridge(ridge: Scalar, gram: Float[Array, "m m"]) -> Scalar:
@@ -77,22 +84,37 @@ def positive_ridge(ridge: Scalar, gram: Float[Array, "m m"]) -> Scalar:
     return jnp.where(floor > 0, floor, 1)
 
 
+class Solved(NamedTuple):
+    """A step on a support.
+
+    Attributes:
+      step: zero off the support, shape `(n,)`.
+      product: rows times the step to the masked center and this one, shape `(m,)`.
+    """
+
+    step: Float[Array, "n"]
+    product: Float[Array, "m"]
+
+
 def solve_with(
     problem: RowProblem,
     mask: Bool[Array, "n"],
+    gram: Float[Array, "m m"],
     factor: Float[Array, "m m"],
     shift: Scalar,
     split: Split,
-    start: Float[Array, "m"],
-) -> Float[Array, "n"]:
-    """The step on a support, given a Cholesky factor of the shifted kernel.
+    start: Float[Array, "n"],
+) -> Solved:
+    """The step on a support in two passes, given its kernel and a Cholesky factor.
 
-    `start` is the product of the rows with the step to the masked center.
+    `start` is the step to the masked center, or zero.
     """
     rest = jnp.where(mask, split.rest, 0) / shift
-    right = split.dual + start - matmul(problem.rows, rest)
-    inner = _linsolve.cholesky_solve(factor, right)
-    return jnp.where(mask, -matmul(inner, problem.rows) - rest, 0)
+    begun = matmul(problem.rows, start - rest)
+    inner = _linsolve.cholesky_solve(factor, split.dual + begun)
+    step = jnp.where(mask, -matmul(inner, problem.rows), 0) - rest
+    # Rows times rows on the support are the kernel: no third pass.
+    return Solved(step, begun - matmul(gram, inner))
 
 
 def _refine(
@@ -126,14 +148,6 @@ def _moved(
     return jax.tree.map(lambda x, y: jnp.where(down, x, y), moved, point)
 
 
-def masked_center(problem: RowProblem, mask: Bool[Array, "n"]) -> Point:
-    """The center with everything off the mask set to zero."""
-    params = jnp.where(mask, problem.center, 0)
-    step = params - problem.center
-    product = matmul(problem.rows, step)
-    return Point(params, mask, product, problem.at(step, product))
-
-
 def backsolve(
     problem: RowProblem,
     mask: Bool[Array, "n"],
@@ -156,18 +170,24 @@ def backsolve(
     shift = positive_ridge(problem.ridge, gram)
     identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
     factor = _linsolve.cholesky(gram + shift * identity)
-    start = masked_center(problem, mask)
-    step = solve_with(problem, mask, factor, shift, split, start.product)
+    masked = jnp.where(mask, problem.center, 0)
+    start = masked - problem.center
+    solved = solve_with(problem, mask, gram, factor, shift, split, start)
     succeeded = jnp.all(jnp.isfinite(factor))
-    status = _linsolve.direct_status(succeeded, step)
+    status = _linsolve.direct_status(succeeded, solved.step)
     usable = _linsolve.usable(status)
-    step = jnp.where(usable, step, 0)
-    params = start.params + step
-    product = start.product + matmul(problem.rows, step)
-    value = problem.at(params - problem.center, product)
-    point = Point(params, mask, product, value)
+
+    def stepped() -> Point:
+        value = problem.at(start + solved.step, solved.product)
+        return Point(masked + solved.step, mask, solved.product, value)
+
+    point = jax.lax.cond(usable, stepped, lambda: point_at(problem, masked, mask))
     mean = jnp.trace(gram) / gram.shape[0]
     delicate = usable & (problem.ridge < _DELICATE * mean)
+    # The product by way of the kernel has lost digits there.
+    point = jax.lax.cond(
+        delicate, lambda: point_at(problem, point.params, mask), lambda: point
+    )
     point = jax.lax.fori_loop(
         0,
         jnp.where(delicate, _REFINEMENTS, 0),

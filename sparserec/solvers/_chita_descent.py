@@ -68,7 +68,7 @@ def descend(
     rows = problem.rows
     width = min(BLOCK, rows.shape[1])
     every = -(-rows.shape[1] // width)
-    few = max(1, every // 4)
+    few = max(1, every // 8)
 
     def run(blocks: int) -> Descended:
         return _run(

@@ -7,17 +7,18 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
-from sparserec import _linsolve, _tree
-from sparserec._run import State
+from sparserec import _linsolve, _tree, select
+from sparserec._run import Incumbent, State
 from sparserec._types import Params, Scalar, first_status
 from sparserec.budget import Budget
 from sparserec.quadratic import Objective, QuadraticModel
 from sparserec.solvers import _states
+from sparserec.solvers._chita_refine import refine
 from sparserec.solvers._chita_types import Found, Limits
 from sparserec.solvers._chita_variants import VARIANTS
-from sparserec.solvers._examples import divide
+from sparserec.solvers._examples import Examples, divide
 from sparserec.solvers._schedule import budget_at
 
 StageSchedule = (
@@ -28,6 +29,9 @@ SCHEDULES = ("exp", "poly", "linear", "const", "mfac", "geometric")
 
 _FALL = 2 / 3
 """Share of the stages in which `"geometric"` falls; the others refine at the end."""
+
+_AVERAGED = 1 / 3
+"""Share of the stages, the last ones, whose average competes with the last iterate."""
 
 
 @jax.tree_util.register_static
@@ -40,6 +44,7 @@ class Options:
     schedule: StageSchedule = "exp"
     start_density: float = 0.9
     held_out: float = 0.0
+    refinements: int = 0
 
 
 def stage_budget(options: Options, budget: Budget, index: Int[Array, ""]) -> Budget:
@@ -126,6 +131,40 @@ def step(
     ridges = limits.ridges.astype(dtype)
     limits = limits._replace(ridges=ridges, tol=limits.tol.astype(dtype))
     found = _candidates(options.variant, model, state.params, now, limits)
+    value, best = _judged(objective, model, found, ridges, examples)
+    chosen = jax.tree.map(lambda x: x[best], found._replace(kernel=None))
+    refined = options.refinements > 0 and not objective.is_quadratic
+    if refined:
+        params = refine(
+            objective,
+            model,
+            chosen.params,
+            chosen.mask,
+            ridges[best],
+            found.kernel,
+            examples,
+            options.refinements,
+        )
+        chosen = chosen._replace(params=params)
+    total, averaged = state.memory, averages(objective, options)
+    if averaged:
+        chosen, total = _averaged(
+            objective, options, chosen, total, examples, budget, index
+        )
+    if refined or averaged or examples.judge is not examples.build:
+        value = objective.value(chosen.params, args)
+    after = _next_state(options, state, chosen, value, ridges[best], now, budget)
+    return after._replace(memory=total)
+
+
+def _judged(
+    objective: Objective,
+    model: QuadraticModel,
+    found: Found,
+    ridges: Float[Array, "l"],
+    examples: Examples,
+) -> tuple[Scalar, Int[Array, ""]]:
+    """The lowest value among the answers, one for every ridge, and whose it is."""
 
     def judge(i: int) -> Scalar:
         params = jax.tree.map(lambda x: x[i], found.params)
@@ -135,11 +174,60 @@ def step(
 
     values = jnp.stack([judge(i) for i in range(ridges.size)])
     best = jnp.argmin(jnp.where(jnp.isnan(values), jnp.inf, values))
-    chosen = jax.tree.map(lambda x: x[best], found)
-    value = values[best]
-    if examples.judge is not examples.build:
-        value = objective.value(chosen.params, args)
-    return _next_state(options, state, chosen, value, ridges[best], now, budget)
+    return values[best], best
+
+
+def averages(objective: Objective, options: Options) -> bool:
+    """Whether there are stages to average."""
+    return options.stages > 1 and not objective.is_quadratic
+
+
+def start(
+    objective: Objective, options: Options, params: Params, budget: Budget, args: tuple
+) -> tuple[State, Incumbent]:
+    """The dense params, and an empty sum of those of the last stages."""
+    state, incumbent = _states.dense_start(objective, params, budget, args)
+    if averages(objective, options):
+        state = state._replace(memory=_tree.zeros_like(params))
+    return state, incumbent
+
+
+def _averaged(
+    objective: Objective,
+    options: Options,
+    chosen: Found,
+    total: Params,
+    examples: Examples,
+    budget: Budget,
+    index: Int[Array, ""],
+) -> tuple[Found, Params]:
+    """At the last stage the average of the last ones, where its loss is lower.
+
+    Every stage follows its own examples; their average follows all of them.
+    """
+    count = max(1, round(_AVERAGED * options.stages))
+    counts = index >= options.stages - count
+    total = _tree.where(counts, _tree.add(total, chosen.params), total)
+
+    def body(now: tuple[Found, Array]) -> tuple[Found, Array]:
+        found, left = now
+        mean = _tree.scale(1 / count, total)
+        mask = select.support(mean, budget.counts, budget.groups)
+        mean = _tree.keep(mask, mean)
+        lower = objective.value(mean, examples.judge) < objective.value(
+            found.params, examples.judge
+        )
+        better = found._replace(
+            params=_tree.where(lower, mean, found.params),
+            mask=_tree.where(lower, mask, found.mask),
+        )
+        return better, left - 1
+
+    times = (index == options.stages - 1).astype(jnp.int32)
+    chosen, _ = _linsolve.while_loop(
+        lambda now: now[1] > 0, body, (chosen, times), on_host=objective.on_host
+    )
+    return chosen, total
 
 
 def _with_ridge(model: QuadraticModel, params: Params, ridge: Scalar) -> Scalar:

@@ -34,12 +34,15 @@ class Found(NamedTuple):
       mask: their supports.
       converged: whether the variant met its tolerance.
       status: `CONVERGED`, or why the solve failed.
+      kernel: of the support, where all ridges share one and it was formed; without
+        a leading axis, else `None`.
     """
 
     params: Params
     mask: Mask
     converged: Bool[Array, "l"]
     status: Int[Array, "l"]
+    kernel: Float[Array, "m m"] | None = None
 
 
 def for_each(solve: Callable[[Scalar], Found], ridges: Float[Array, "l"]) -> Found:

@@ -37,6 +37,7 @@ class _Answer(NamedTuple):
     mask: Bool[Array, "n"]
     converged: Bool[Array, ""]
     status: Int[Array, ""]
+    kernel: Float[Array, "m m"] | None = None
 
 
 def _answer(point: Point, converged: Array | bool = True) -> _Answer:
@@ -75,11 +76,10 @@ def _each(solve: Callable[[Scalar], _Answer], ridges: Float[Array, "l"]) -> _Ans
 def _iht(problem: RowProblem, start: Array, budget: Budget, limits: Limits) -> _Answer:
     def solve(ridge: Scalar) -> _Answer:
         ridged = _with(problem, ridge)
-        first = _chita_iht.first_point(ridged, budget, start)
-        end = _chita_iht.search(
-            ridged, budget, first, tol=limits.tol, max_steps=limits.max_steps
+        point, converged = _chita_iht.search_from_both(
+            ridged, budget, start, tol=limits.tol, max_steps=limits.max_steps
         )
-        return _answer(end.point, end.converged)
+        return _answer(point, converged)
 
     return _each(solve, limits.ridges)
 
@@ -110,7 +110,7 @@ def _solved(problem, mask, split, ridges, converged: Array | bool = True) -> _An
         point, status = backsolve(_with(problem, ridge), mask, split, gram)
         return _answer(point, converged)._replace(status=status)
 
-    return _each(solve, ridges)
+    return _each(solve, ridges)._replace(kernel=gram)
 
 
 def _backsolve(
@@ -118,13 +118,14 @@ def _backsolve(
 ) -> _Answer:
     ridged = _with(problem, _middle(limits.ridges))
     mask = _chita_iht.thresholded_step(ridged, budget, start).mask
-    return _solved(problem, mask, split_gradient(problem), limits.ridges)
+    split = split_gradient(problem, jnp.min(limits.ridges))
+    return _solved(problem, mask, split, limits.ridges)
 
 
 def _best(problem: RowProblem, start: Array, budget: Budget, limits: Limits) -> _Answer:
     """IHT and one thresholded step each choose a support; the better is polished."""
     ridged = _with(problem, _middle(limits.ridges))
-    split = split_gradient(problem)
+    split = split_gradient(problem, jnp.min(limits.ridges))
     one = _chita_iht.thresholded_step(ridged, budget, start)
     many = _chita_iht.search(
         ridged, budget, one, tol=limits.tol, max_steps=limits.max_steps
@@ -160,7 +161,7 @@ def _surgeon(
     if not isinstance(model.curvature, LowRank):
         return refit(flat, params, mask, limits.ridges)
     problem = compressed(row_problem(flat))
-    split = split_gradient(problem)
+    split = split_gradient(problem, jnp.min(limits.ridges))
     ridged = _with(problem, ridge)
     point, _ = backsolve(ridged, _tree.flatten(mask), split)
     point, done = _chita_exchange.polish(
@@ -174,7 +175,11 @@ def _surgeon(
 def _found(problem: RowProblem, answer: _Answer) -> Found:
     split = jax.vmap(problem.layout.split)
     return Found(
-        split(answer.params), split(answer.mask), answer.converged, answer.status
+        split(answer.params),
+        split(answer.mask),
+        answer.converged,
+        answer.status,
+        answer.kernel,
     )
 
 
@@ -198,15 +203,38 @@ def _on_rows(solve: Callable[..., _Answer]) -> Callable[..., Found]:
 def _steps_by_gradient(
     model: QuadraticModel, params: Params, budget: Budget, ridge: Scalar
 ) -> list[tuple[Params, Mask]]:
-    """Projections of the params and of gradient steps from them."""
-    slope = model.at(params).gradient
-    mask = select.support(params, budget.counts, budget.groups)
-    inside = _tree.keep(mask, slope)
-    norm = _tree.dot(inside, inside)
-    bend = _tree.dot(inside, model.curvature.matvec(inside)) + ridge * norm
-    length = norm / jnp.where(bend > 0, bend, 1)
-    points = [_tree.add_scaled(params, -x * length, slope) for x in (0, 0.5, 1.0, 2.0)]
-    masks = [select.support(x, budget.counts, budget.groups) for x in points]
+    """Thresholded steps as in `_chita_iht.thresholded_step`, for any curvature.
+
+    Where the curvature knows no diagonal, the metric is the plain one.
+    """
+    curvature, slope = model.curvature, model.at(params).gradient
+    if hasattr(curvature, "diagonal"):
+        diagonal = jax.tree.map(
+            lambda d: d + ridge.astype(d.dtype), curvature.diagonal()
+        )
+    else:
+        diagonal = jax.tree.map(jnp.ones_like, params)
+    mean = jnp.mean(_tree.flatten(diagonal))
+    scale = jax.tree.map(lambda d: jnp.where(mean > 0, jnp.sqrt(d), 1), diagonal)
+    direction = jax.tree.map(
+        lambda g, d: g / jnp.where(mean > 0, d + mean, 1).astype(g.dtype),
+        slope,
+        diagonal,
+    )
+
+    def chosen(point: Params) -> Mask:
+        scores = jax.tree.map(jnp.multiply, scale, point)
+        return select.support(scores, budget.counts, budget.groups)
+
+    inside = _tree.keep(chosen(params), direction)
+    bend = _tree.dot(inside, curvature.matvec(inside)) + ridge * _tree.dot(
+        inside, inside
+    )
+    length = _tree.dot(inside, slope) / jnp.where(bend > 0, bend, 1)
+    points = [
+        _tree.add_scaled(params, -x * length, direction) for x in (0, 0.5, 1.0, 2.0)
+    ]
+    masks = [chosen(x) for x in points]
     return [(_tree.keep(m, x), m) for m, x in zip(masks, points, strict=True)]
 
 

@@ -29,6 +29,7 @@ FIRST_DAMPING = 0.01
 _GROWTHS, _GROWTH_RATIO = 8, 10.0**0.5  # growths of schedule "up", and their dampings
 _GROWTH, _DECAY = 4.0, 0.5  # of adaptive damping, after a rejection / an acceptance
 _RANGE = 1e-8, 1e8  # of adaptive damping, relative
+_EXCHANGE_LIMIT = 2048  # weights up to which exchanges compete: they write H out
 
 
 @jax.tree_util.register_static
@@ -290,7 +291,8 @@ def _supports(
         solved |= success
     if options.safeguard:
         supports.append(_support_of_magnitudes(model, budget))
-        if hasattr(model.curvature, "to_matrix"):
+        few = _tree.size(model.center) <= _EXCHANGE_LIMIT
+        if few and hasattr(model.curvature, "to_matrix"):
             supports.append(best_exchange(model, supports[-1], budget))
     return supports, solved
 

@@ -17,7 +17,7 @@ from sparserec._types import LossFn, Params, Prunable, Scalar
 from sparserec.budget import matrices
 from sparserec.quadratic import CurvatureFn, Objective, QuadraticModel
 from sparserec.quadratic._fisher import Fisher
-from sparserec.solvers import _chita_stages, _front, _states
+from sparserec.solvers import _chita_stages, _front
 from sparserec.solvers._chita_stages import SCHEDULES, Options, StageSchedule
 from sparserec.solvers._chita_types import Limits
 from sparserec.solvers._chita_variants import NEEDS, VARIANTS
@@ -39,7 +39,7 @@ def chita_solver(objective: Objective, *, options: Options, limits: Limits) -> S
       The pair of init and step.
     """
     return Solver(
-        init=Partial(_states.dense_start, objective),
+        init=Partial(_chita_stages.start, objective, options),
         step=Partial(_chita_stages.step, objective, options, limits),
     )
 
@@ -61,6 +61,7 @@ def chita(
     ridge: Ridge = 0.0,
     held_out: float | None = None,
     exchanges: int = 20,
+    refinements: int = 0,
     prunable: Prunable = matrices,
     batch_size: int | None = None,
     tol: Scalar | float = 1e-3,
@@ -112,6 +113,10 @@ def chita(
         0.1 where there are several ridges, else none. Static.
       exchanges: rounds of exchanges of weights in each stage of `"best"` and
         `"cbs"`; traced.
+      refinements: further steps on the support at the end of each stage, from fresh
+        gradients of the loss under the curvature at hand; each is taken, in full or
+        in part, where it lowers the loss on the held-out examples, or on all where
+        none are held out. Static. Ignored where `loss_fn` is a model.
       prunable: which leaves may be pruned; see `sparserec.matrices`. Other leaves
         are refitted along with the support.
       batch_size: visit the data in chunks of this many examples, with loops on the
@@ -139,6 +144,10 @@ def chita(
     supports, exchanges and competing ridges are additions.
     """
     _check_choices(variant, stages, schedule, start_density, exchanges, max_steps)
+    if not isinstance(refinements, int | np.integer) or refinements < 0:
+        raise ValueError(
+            f"`refinements` must be an integer of at least 0, got {refinements!r}."
+        )
     ridges = check_ridges(ridge)
     if held_out is None:
         held_out = 0.1 if ridges.size > 1 else 0.0
@@ -149,7 +158,14 @@ def chita(
     builder = Fisher() if curvature is None else curvature
     if batch_size is None and getattr(builder, "on_host", False):
         batch_size = _HOST_CHUNK
-    options = Options(variant, stages, schedule, float(start_density), float(held_out))
+    options = Options(
+        variant,
+        stages,
+        schedule,
+        float(start_density),
+        float(held_out),
+        int(refinements),
+    )
     limits = Limits(
         ridges,
         jnp.asarray(exchanges, jnp.int32),

@@ -19,6 +19,7 @@ from sparserec._solution import Solution
 from sparserec._types import LossFn, Params, Prunable, Scalar
 from sparserec.budget import matrices
 from sparserec.quadratic import CurvatureFn, Objective, QuadraticModel, hessian
+from sparserec.quadratic._fisher import Fisher
 from sparserec.solvers import _front, _iobs_products, _iobs_stored
 from sparserec.solvers._descent import Descent
 from sparserec.solvers._iobs_products import ProductOptions
@@ -172,7 +173,7 @@ def iobs(
       TypeError: `k` or `params` of the wrong type.
       ValueError: `k` out of range, unknown paths or options, a rule that the
         curvature cannot serve, a loss that is not a scalar or not finite at the
-        start, data of the wrong form.
+        start, data of the wrong form, `batch_size` with rows of gradients.
 
     Source: Wu et al. (2024), I-OBS: Options 1 and 2; the OBS update in its support
     form. Competing supports, safeguard, damping and schedules are additions.
@@ -184,6 +185,12 @@ def iobs(
         raise ValueError(
             f"the schedule takes `stages={stages}` steps to arrive at k, more than "
             f"`max_steps={max_steps}`. Raise `max_steps` or lower `stages`."
+        )
+    if batch_size is not None and isinstance(curvature, Fisher):
+        raise ValueError(
+            "`batch_size` visits the data in chunks for curvatures known by products, "
+            "and `quadratic.fisher(...)` stores rows: leave `batch_size` out, and "
+            "bound the memory by `fisher(rows=..., chunk_size=...)`."
         )
     if held_out is not None and not 0 <= held_out < 1:
         raise ValueError(f"`held_out` must lie in [0, 1), got {held_out!r}.")
