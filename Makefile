@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Tried in order; PYTHON=/path/to/python names another one.
 CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
 # One JAX process per core, at most four: each compiles for itself and needs memory.
-TEST_FLAGS := -n logical --maxprocesses 4
+TEST_FLAGS := -n logical --maxprocesses 4 --dist worksteal
 
 # OpenBLAS threads spin while they wait; small factorisations are better off alone.
 export OPENBLAS_NUM_THREADS := 1
@@ -43,7 +43,8 @@ bench: $(VENV)/.test ## run every benchmark in benchmarks/
 notebooks: $(VENV)/.docs ## run the notebooks and write their outputs
 	@$(BIN)/python notebooks/_build.py
 
-docs: $(VENV)/.docs ## build the site into docs/_build/html; warnings are errors
+docs: $(VENV)/.docs $(VENV)/.test ## run the code of the pages, build docs/_build/html
+	@$(BIN)/python -m pytest -q $(TEST_FLAGS) -m slow tests/test_docs.py
 	@$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
 	@echo "Open docs/_build/html/index.html"
 

@@ -64,9 +64,11 @@ def reader_session(lenient_promotion):
     pyplot.close("all")
 
 
+# Every page compiles what it shows; `make docs` runs them before it builds the site.
 WITH_BLOCKS = [page for page in PAGES[1:] if blocks(page)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("reader_session")
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: page.stem)
 def test_the_blocks_of_a_page_run_in_order(page):

@@ -77,6 +77,7 @@ def test_beats_magnitude_pruning_at_the_same_count():
     assert accuracy(solution.params) > 0.9 * accuracy(params)
 
 
+@pytest.mark.slow
 def test_fresh_batches_from_a_callable_and_from_a_stack_agree():
     _, draw = trained()
     batches = [draw(10 + step) for step in range(6)]
@@ -112,7 +113,9 @@ def test_visiting_the_data_in_chunks_prunes_as_well():
 
 
 @pytest.mark.usefixtures("lenient_promotion")
-@pytest.mark.parametrize("batch_size", [None, 150])
+@pytest.mark.parametrize(
+    "batch_size", [None, pytest.param(150, marks=pytest.mark.slow)]
+)
 def test_descent_keeps_zeros_exact(batch_size):
     descent = sparserec.Descent(optax.adamw(1e-2, weight_decay=0.1), minibatch=100)
     solution = prune(

@@ -180,7 +180,7 @@ def test_joint_is_what_stands_behind_it():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"method": "best", "k": 5}, r"one of \['iht', 'iobs', 'magnitude'"),
+        ({"method": "best", "k": 5}, r"one of \['chita', 'iht', 'iobs', 'l0cd'"),
         ({}, "give `k`, the number of weights"),
         ({"k": 5, "budget": 0.5}, "needs `structure="),
         ({"structure": True}, "either `k`, the number of units"),

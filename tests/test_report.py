@@ -193,7 +193,8 @@ def test_half_precision_is_measured_in_single():
     pruned = jax.tree.map(lambda x: x.astype(jnp.bfloat16), solution.params)
     result = report(half, solution._replace(params=pruned), loss, data)
     raised = jax.tree.map(lambda x: x.astype(jnp.float32), half)
-    assert result.loss_before == pytest.approx(float(loss(raised, *data)), rel=1e-6)
+    # Half precision would be wrong in the third digit.
+    assert result.loss_before == pytest.approx(float(loss(raised, *data)), rel=1e-4)
     raised = jax.tree.map(lambda x: x.astype(jnp.float32), pruned)
     difference = float(loss(raised, *data)) - float(result.loss_before or 0)
     assert sum(changes_of(result)) == pytest.approx(difference, rel=1e-3)
