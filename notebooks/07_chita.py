@@ -151,7 +151,7 @@ for scale in (0.01, 0.1, 1.0):
 # The usual form of Woodbury's identity, $b/\rho - X_Q^\top(\cdot)X_Q b/\rho^2$, is a
 # difference of large numbers when $\rho$ is small. The push-through form is not. Below,
 # both in float32, against the optimum in float64 on the same support; the last curve is
-# `sr.chita` itself, run in float32.
+# `sr.chita_path` itself, run in float32.
 
 
 # %%
@@ -186,18 +186,17 @@ def woodbury(X, w, h, Q, ridge):
 K = sr.keep(dense, density=0.2)
 single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (dense, data[0]))
 ridges = np.geomspace(1e-7, 1e-1, 7)
-excess = {"Woodbury": [], "push-through": [], "sr.chita": []}
-for ridge in ridges:
-    solution = sr.chita(
-        loss,
-        single[0],
-        K,
-        args=(single[1], data[1]),
-        curvature=fisher,
-        variant="bso",
-        ridge=ridge,
-    )
-    Q = flat(solution.mask)
+# One budget, all ridges: they share the kernel.
+path = sr.chita_path(
+    fisher(loss, single[0], (single[1], data[1])), single[0], [K], ridges
+)
+Q = flat(jax.tree.map(lambda m: m[0, 0], path.mask))
+by_package = [
+    np.concatenate([np.ravel(leaf[0, i]) for leaf in jax.tree.leaves(path.params)])
+    for i in range(len(ridges))
+]
+excess = {"Woodbury": [], "push-through": [], "sr.chita_path": []}
+for index, ridge in enumerate(ridges):
     best = optimum(Q, ridge)
     exact = push_through(X, w, h, Q, ridge)
     assert np.isclose(q(exact, ridge), q(best, ridge), rtol=1e-8), (
@@ -207,14 +206,16 @@ for ridge in ridges:
     candidates = {
         "Woodbury": woodbury(*narrow, Q, ridge),
         "push-through": push_through(*narrow, Q, np.float32(ridge)),
-        "sr.chita": flat(solution.params),
+        "sr.chita_path": by_package[index],
     }
     for name, beta in candidates.items():
         gap = q(beta.astype(float), ridge) - q(best, ridge)
         excess[name].append(max(gap, 1e-16) / abs(q(best, ridge)))
 for name, values in excess.items():
-    print(f"{name:12} largest excess below 1e-5: {max(values) <= 1e-5}")
-assert max(excess["sr.chita"]) <= 1e-5, "backsolve: float32 is within 1e-5 everywhere"
+    print(f"{name:13} largest excess below 1e-5: {max(values) <= 1e-5}")
+assert max(excess["sr.chita_path"]) <= 1e-5, (
+    "backsolve: float32 is within 1e-5 everywhere"
+)
 assert max(excess["Woodbury"]) >= 1e-2, "backsolve: the usual form loses its digits"
 
 # %% [markdown]
@@ -262,27 +263,34 @@ assert max(errors) <= 1e-6, "exchanges: the formula is the change after a full r
 # %%
 ridged = sr.quadratic.fisher(rows=ROWS, batch_size=B, ridge=RIDGE)(loss, dense, data)
 densities = [0.5, 0.2, 0.1, 0.05, 0.03]
-variants = ["magnitude", "iht", "cd", "bso", "best"]
+variants = ["iht", "cd", "bso", "best"]
 solved = {
     (name, density): sr.chita(
         ridged,
         dense,
         sr.keep(dense, density=density),
         variant=name,
+        exchanges=5,
         tol=1e-6,
         max_steps=50,
     )
     for name in variants
     for density in densities
 }
-change = {
-    name: np.array([q(flat(solved[name, d].params)) for d in densities])
-    for name in variants
-}
-print(f"{'density':10}", *(f"{d:8.0%}" for d in densities))
+
+
+def masked(density):
+    """Magnitude pruning: values as they are."""
+    return np.where(flat(sr.select.top_k(dense, sr.keep(dense, density=density))), w, 0)
+
+
+change = {"magnitude": np.array([q(masked(d)) for d in densities])}
 for name in variants:
-    print(f"{name:10}", *(f"{value:8.4f}" for value in change[name]))
-for name in variants[:-1]:
+    change[name] = np.array([q(flat(solved[name, d].params)) for d in densities])
+print(f"{'density':10}", *(f"{d:8.0%}" for d in densities))
+for name, values in change.items():
+    print(f"{name:10}", *(f"{value:8.4f}" for value in values))
+for name in ("magnitude", "iht", "cd", "bso"):
     assert np.all(change["best"] <= change[name] + 1e-12), (
         "exchanges: competing supports and exchanges are lowest at every density"
     )
@@ -291,7 +299,6 @@ assert np.all(change["cd"] < change["magnitude"]), "descent: far below masking a
 
 few = sr.keep(dense, density=densities[-1])
 polished = solved["best", densities[-1]]
-left = sr.certificate(ridged, polished)
 swapped = sr.l0cd(ridged, polished.params, few, effort=0.0)
 after = sr.certificate(ridged, swapped)
 print(
@@ -311,7 +318,7 @@ left_ax.set(xlabel=r"ridge $\rho$", ylabel="relative excess of $q$ in float32")
 left_ax.set_title("backsolve in single precision")
 left_ax.legend(fontsize="small", loc="center right")
 places = np.arange(len(densities))
-for index, name in enumerate(variants[1:]):
+for index, name in enumerate(variants):
     gain = (change["magnitude"] - change[name]) / change["magnitude"]
     right_ax.bar(places + 0.2 * (index - 1.5), 100 * (1 - gain), 0.19, label=name)
 right_ax.set_xticks(places, [f"{d:.0%}" for d in densities])
@@ -339,8 +346,6 @@ many = sr.quadratic.fisher(rows=ROWS, batch_size=B, ridge=1e-2)
 by_stages = {"magnitude": [], "one stage": [], f"{STAGES} stages": []}
 for density in densities:
     k = sr.keep(dense, density=density)
-    masked = sr.prune(loss, dense, k, args=train, method="magnitude")
-    single_stage = sr.chita(loss, dense, k, args=data, curvature=many)
     staged = sr.chita(
         loss,
         dense,
@@ -354,8 +359,9 @@ for density in densities:
     assert sum(int(m.sum()) for m in jax.tree.leaves(staged.mask)) == k, (
         "stages: exactly k weights are kept"
     )
-    for name, solution in zip(by_stages, (masked, single_stage, staged), strict=True):
-        by_stages[name].append((density, float(accuracy(solution.params))))
+    answers = split(masked(density)), solved["best", density].params, staged.params
+    for name, params in zip(by_stages, answers, strict=True):
+        by_stages[name].append((density, float(accuracy(params))))
 print(f"{'density':10}", *(f"{d:6.0%}" for d in densities))
 for name, points in by_stages.items():
     print(f"{name:10}", *(f"{value:6.1f}" for _, value in points))

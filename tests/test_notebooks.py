@@ -9,7 +9,6 @@ import importlib.util
 import json
 import pathlib
 import re
-import resource
 import subprocess
 import sys
 import types
@@ -109,19 +108,15 @@ def test_cells_of_a_percent_file():
 
 @pytest.mark.slow
 @each_notebook
-def test_notebook_runs_within_its_time(name, tmp_path):
+def test_notebook_runs(name, tmp_path):
     # As a script, in a process of its own: it sets up JAX as its readers have it.
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-W", "error", FOLDER / f"{name}.py"],
         cwd=FOLDER,
         env=build.session() | {"MPLBACKEND": "Agg", "MPLCONFIGDIR": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=build.WALL_CLOCK * build.limit(),
+        timeout=build.HANGS * build.limit(),
         check=False,
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
-    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert used <= build.limit()

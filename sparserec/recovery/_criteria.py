@@ -43,12 +43,10 @@ def information_criterion(
 
     With m examples, p weights to choose from and s weights kept,
 
-    | kind | price |
-    |---|---|
-    | `"aic"` | $2 s$ |
-    | `"bic"` | $s \log m$ |
-    | `"ebic"` | $s \log m + 2\gamma \log\binom{p}{s}$ |
-    | `"gic"` | $s \log p \, \log\log m$ |
+    - `"aic"`: $2 s$,
+    - `"bic"`: $s \log m$,
+    - `"ebic"`: $s \log m + 2\gamma \log\binom{p}{s}$,
+    - `"gic"`: $s \log p \, \log\log m$
 
     is added to the deviance: $m \log(2f/m)$ for least squares
     $f = \frac12\|y - Xw\|^2$ with unknown variance of the noise, $2f/\sigma^2$ with
