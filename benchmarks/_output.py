@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import pathlib
+import shlex
 import sys
 
 import jax
@@ -31,7 +32,7 @@ def save(
     module = pathlib.Path(sys.argv[0]).stem
     device = jax.devices()[0]
     report = {
-        "command": " ".join(["python -m", f"benchmarks.{module}", *arguments]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{module}", *arguments]),
         "date": datetime.date.today().isoformat(),
         "device": device.device_kind,
         "jax": jax.__version__,
