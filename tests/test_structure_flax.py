@@ -1,5 +1,6 @@
 """Groups of linen and nnx modules, and what follows the units of a network."""
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,47 @@ def linen(module, *args):
         return out[0]
 
     return apply_fn, variables
+
+
+class Grouped(nn.Module):
+    """A depthwise convolution between two others."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (1, 1))(x))
+        x = nn.relu(nn.Conv(8, (3, 3), feature_group_count=8)(x))
+        return nn.Conv(2, (1, 1))(x).mean(axis=(1, 2))
+
+
+class Embedded(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        return nn.Dense(3)(nn.relu(nn.Embed(13, 12)(tokens)))
+
+
+class AttentionNet(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.LayerNorm(8, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(
+            num_heads=2, in_features=8, qkv_features=12, decode=False, rngs=rngs
+        )
+
+    def __call__(self, x):
+        return x + self.attention(self.norm(x))
+
+
+class ConvolutionNet(nnx.Module):
+    """A depthwise convolution and a normalization between two others."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Conv(3, 8, (1, 1), rngs=rngs)
+        self.each = nnx.Conv(8, 8, (3, 3), feature_group_count=8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, use_running_average=True, rngs=rngs)
+        self.last = nnx.Conv(8, 2, (1, 1), rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.each(nnx.relu(self.first(x))))
+        return self.last(self.norm(x)).mean(axis=(1, 2))
 
 
 def places(groups):
@@ -195,17 +237,7 @@ def test_nnx_mlp_runs_on_smaller_arrays():
 
 
 def test_nnx_attention():
-    class Net(nnx.Module):
-        def __init__(self, rngs):
-            self.norm = nnx.LayerNorm(8, rngs=rngs)
-            self.attention = nnx.MultiHeadAttention(
-                num_heads=2, in_features=8, qkv_features=12, decode=False, rngs=rngs
-            )
-
-        def __call__(self, x):
-            return x + self.attention(self.norm(x))
-
-    graph, state = nnx.split(Net(nnx.Rngs(0)))
+    graph, state = nnx.split(AttentionNet(nnx.Rngs(0)))
     state = drawn(state)
 
     def apply_fn(state, x):
@@ -260,6 +292,69 @@ def masked_state(state, mask):
     return jax.tree.map(
         lambda t: masked(t, mask) if matches(t) else t, state, is_leaf=matches
     )
+
+
+TOKENS = np.array([[1, 2, 3, 4, 5], [0, 12, 7, 7, 1]])
+LINEN = {
+    "mlp": (Mlp, np.random.default_rng(0).normal(size=(5, 6))),
+    "resnet": (ResNet, np.random.default_rng(0).normal(size=(3, 8, 8, 3))),
+    "grouped": (Grouped, np.random.default_rng(0).normal(size=(2, 6, 6, 3))),
+    "transformer": (Transformer, TOKENS),
+    "embedding": (Embedded, TOKENS),
+}
+
+
+@pytest.mark.parametrize("name", LINEN)
+def test_linen_code_runs_on_smaller_arrays(name):
+    make, values = LINEN[name]
+    dtype = jnp.int32 if values is TOKENS else jnp.float32
+    x = jnp.asarray(values, dtype)
+    apply_fn, variables = linen(make(), x)
+    groups = structure.groups(apply_fn, variables, x)
+    keep = random_keep(groups.sizes)
+    small = structure.shrink(variables, groups, keep)
+    expected = structure.resized(apply_fn, groups, keep)(small, x)
+    with pytest.raises(flax.errors.FlaxError):
+        apply_fn(small, x)
+    corrected = structure.keep_temperature(variables, groups, keep)
+    with structure.linen_sizes():
+        outputs = apply_fn(structure.shrink(corrected, groups, keep), x)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(outputs, expected, atol=2e-6 * scale)
+    # Outside of it everything is as before.
+    np.testing.assert_array_equal(apply_fn(variables, x).shape, expected.shape)
+
+
+@pytest.mark.parametrize("kind", ["attention", "convolutions"])
+def test_nnx_code_runs_on_smaller_arrays(kind):
+    rng = np.random.default_rng(0)
+    if kind == "attention":
+        net = AttentionNet(nnx.Rngs(0))
+        x = jnp.asarray(rng.normal(size=(2, 5, 8)), jnp.float32)
+    else:
+        net = ConvolutionNet(nnx.Rngs(0))
+        x = jnp.asarray(rng.normal(size=(2, 6, 6, 3)), jnp.float32)
+    graph, state = nnx.split(net)
+    state = drawn(state)
+
+    def apply_fn(state, x):
+        return nnx.merge(graph, state)(x)
+
+    groups = structure.groups(apply_fn, state, x)
+    keep = random_keep(groups.sizes)
+    small = structure.shrink(state, groups, keep)
+    expected = structure.resized(apply_fn, groups, keep)(small, x)
+    corrected = structure.keep_temperature(state, groups, keep)
+    model = nnx.merge(graph, structure.shrink(corrected, groups, keep))
+    outputs = structure.nnx_sizes(model)(x)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(outputs, expected, atol=2e-6 * scale)
+    layers = [layer for _, layer in nnx.iter_modules(model)]
+    for layer in layers:
+        if isinstance(layer, nnx.Conv):
+            assert layer.out_features == layer.kernel.shape[-1]
+        if isinstance(layer, nnx.MultiHeadAttention):
+            assert (layer.num_heads, layer.head_dim) == layer.query.out_features
 
 
 def test_temperature_is_restored_for_code_that_reads_its_sizes():

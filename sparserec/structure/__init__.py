@@ -18,6 +18,7 @@ from sparserec.structure._gate_model import gate_model, gate_scores
 from sparserec.structure._groups import Frozen, Group, Groups, Member, groups
 from sparserec.structure._joint import joint
 from sparserec.structure._kept import kept_units
+from sparserec.structure._modules import linen_sizes, nnx_sizes
 from sparserec.structure._resize import check, resized
 from sparserec.structure._select import select, total_cost, unit_costs
 
@@ -34,7 +35,9 @@ __all__ = [
     "joint",
     "keep_temperature",
     "kept_units",
+    "linen_sizes",
     "mask",
+    "nnx_sizes",
     "ones",
     "resized",
     "select",
