@@ -38,6 +38,22 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("sparserec")
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Lists what the notebooks that ran have asserted."""
+    found = [
+        (report.nodeid, value)
+        for report in terminalreporter.getreports("passed")
+        for name, value in report.user_properties
+        if name == "asserted"
+    ]
+    if found:
+        terminalreporter.section("asserted by the notebooks")
+    for test, claims in sorted(found):
+        terminalreporter.line(test)
+        for claim in claims:
+            terminalreporter.line(f"  - {claim}")
+
+
 @pytest.fixture
 def optimized() -> Iterator[None]:
     """Optimized code, for tests that run longer than they compile."""

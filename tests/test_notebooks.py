@@ -108,7 +108,7 @@ def test_cells_of_a_percent_file():
 
 @pytest.mark.slow
 @each_notebook
-def test_notebook_runs(name, tmp_path):
+def test_notebook_runs(name, tmp_path, record_property):
     # As a script, in a process of its own: it sets up JAX as its readers have it.
     done = subprocess.run(
         [sys.executable, "-W", "error", FOLDER / f"{name}.py"],
@@ -120,3 +120,4 @@ def test_notebook_runs(name, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    record_property("asserted", build.claims(build.read(name)))
