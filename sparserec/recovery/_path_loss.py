@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from sparserec import _tree
-from sparserec._types import Count, Params, Scalar, Status
+from sparserec._types import Count, Params, Scalar, Status, first_status
 from sparserec.budget import Budget
 from sparserec.quadratic import Objective
 from sparserec.recovery._record import Path, Records, as_path, improve
@@ -104,19 +104,7 @@ def loss_path(
         best = jax.tree.map(lambda a, b: jnp.where(better, a, b), new, present)
         settled = ~improved & (state.single | first | (moves <= 1))
         again = ~improved & ~settled
-        flat = _tree.flatten(best.params)[best.slots.index].astype(wide)
-        good = jnp.isfinite(best.objective)
-        status = jnp.where(
-            state.here < _MODELS, int(Status.CONVERGED), int(Status.MAX_STEPS)
-        )
-        found = Records(
-            best.slots.index,
-            best.slots.filled,
-            jnp.where(best.slots.filled, flat, 0),
-            best.objective,
-            gain,
-            jnp.where(good, status, int(Status.NONFINITE)).astype(jnp.int32),
-        )
+        found = _record(best, gain, state.here < _MODELS)
         row = jnp.maximum(state.k - 1, 0)
         records, worse = jax.lax.cond(
             settled,
@@ -142,27 +130,50 @@ def loss_path(
             going=(k > 0) | rising,
         )
 
+    start = _start(params, fixed, slots, k_max)
+    end = jax.lax.while_loop(lambda state: state.going, body, start)
+    return as_path(end.records, end.moves, params, budget)
+
+
+def _start(params: Params, fixed: Bool[Array, "n"], slots: int, k_max: int) -> _Sweep:
+    """Nothing but the weights that are never pruned, and no record yet."""
+    wide = _tree.dtype(params)
     own = slots_of(fixed, slots)
     kept = _tree.keep(_tree.layout(params).split(fixed), params)
-    blank = Candidate(kept, own, jnp.full((), jnp.inf, wide))
     zero, no = jnp.int32(0), jnp.bool_(False)
-    start = _Sweep(
-        present=blank,
+    return _Sweep(
+        present=Candidate(kept, own, jnp.full((), jnp.inf, wide)),
         k=zero,
         rising=~no,
         arrived=no,
         single=no,
         here=zero,
         moves=zero,
-        gain=nothing,
+        gain=jnp.zeros((), wide),
         records=Records.empty(k_max, own, wide),
         going=~no,
     )
-    end = jax.lax.while_loop(lambda state: state.going, body, start)
-    return as_path(end.records, end.moves, params, budget)
+
+
+def _record(best: Candidate, gain: Scalar, in_time: Bool[Array, ""]) -> Records:
+    """A candidate as the entry for its k."""
+    flat = _tree.flatten(best.params)[best.slots.index].astype(gain.dtype)
+    return Records(
+        best.slots.index,
+        best.slots.filled,
+        jnp.where(best.slots.filled, flat, 0),
+        best.objective,
+        gain,
+        first_status(
+            (~jnp.isfinite(best.objective), Status.NONFINITE),
+            (in_time, Status.CONVERGED),
+            (~in_time, Status.MAX_STEPS),
+        ),
+    )
 
 
 def _recorded(records: Records, row: Count, like: Candidate) -> Candidate:
+    """The entry for one k as a candidate."""
     index, filled = records.index[row], records.filled[row]
     flat = jnp.zeros_like(_tree.flatten(like.params))
     flat = flat.at[index].add(jnp.where(filled, records.values[row], 0))
