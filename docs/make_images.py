@@ -5,6 +5,7 @@ it is what `python -m sparserec --out docs/images/demo.png` writes.
 """
 
 import functools
+import json
 import pathlib
 import sys
 
@@ -413,7 +414,38 @@ def path():
     save(figure, "path")
 
 
+# --- the trade-off on MLPNet ---------------------------------------------------------
+
+RESULTS = pathlib.Path(__file__).parent.parent / "benchmarks" / "results"
+
+
+def mlpnet():
+    """Drawn from the figures that `benchmarks.mlpnet` has stored."""
+    files = {
+        "magnitude": ["mlpnet_magnitude"],
+        "one stage, IHT": ["mlpnet_chita_iht"],
+        "... refined": ["mlpnet_chita_iht_refined"],
+        "CHITA++": ["mlpnet_chita_stages"],
+        "I-OBS": ["mlpnet_fresh", "mlpnet_fresh_5", "mlpnet_fresh_2"],
+    }
+    curves = {}
+    for name, parts in files.items():
+        reports = [json.loads((RESULTS / f"{part}.json").read_text()) for part in parts]
+        rows = [
+            (float(row[0].removesuffix(" %")) / 100, row[column])
+            for report in reports
+            for column in [report["columns"].index("mean accuracy")]
+            for row in report["rows"]
+        ]
+        curves[name] = sorted(rows, reverse=True)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    ax = figure.subplots()
+    sparserec.plot.tradeoff(curves, dense=93.97, label="test accuracy, %", ax=ax)
+    save(figure, "mlpnet")
+
+
 PICTURES = {
+    "mlpnet": mlpnet,
     "path": path,
     "convergence": convergence,
     "recovery": recovery,
