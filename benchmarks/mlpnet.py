@@ -181,10 +181,13 @@ def measure(data: Data, case: argparse.Namespace, *, compiles: bool = True) -> d
     seeds = range(case.seed0, case.seed0 + case.seeds)
     results = {"density": case.density, "examples": case.examples}
     results |= {"stages": case.stages, "cg_steps": case.cg_steps, "fixed": case.fixed}
+    kind = "fixed" if case.fixed else "fresh"
+    results["data"] = f"{case.stages} stages x {case.examples:,} {kind}"
     results["how"] = case.cg_steps
     if case.method == "chita":
         results["how"] = _mlpnet_chita.describe(case)
     if case.method == "magnitude":
+        results |= {"data": "none", "how": "magnitude"}
         value = float(accuracy(magnitude(data, case), *data.test))
         return results | {"accuracies": [value], "seconds": [0.0]}
     if compiles:
@@ -211,14 +214,12 @@ def verdict(result: dict, target: Target | None) -> tuple[bool, list]:
     worst = min(result["accuracies"])
     slowest = float(np.median(result["seconds"]))
     print(
-        f"density {100 * result['density']:g} %, {result['examples']} examples x "
-        f"{result['stages']} stages, {result['how']}: "
+        f"density {100 * result['density']:g} %, {result['data']}, {result['how']}: "
         f"mean {mean:.2f} %, lowest {worst:.2f} %, {slowest:.1f} CPU s"
     )
-    kind = "fixed" if result["fixed"] else "fresh"
     row = [
         f"{100 * result['density']:g} %",
-        f"{result['stages']} stages x {result['examples']:,} {kind}",
+        result["data"],
         result["how"],
         round(mean, 2),
         round(worst, 2),
@@ -268,7 +269,7 @@ def main() -> int:
         for (n, s, c), d in itertools.product(sizes, case.density)
     ]
     columns = [
-        "solver" if head == "CG steps" and case.method == "chita" else head
+        "solver" if head == "CG steps" and case.method != "iobs" else head
         for head in COLUMNS
     ]
     met, results, rows = [], [], []
