@@ -349,7 +349,10 @@ def check_model(model: QuadraticModel) -> None:
     leaves = jax.tree.leaves(model.gradient)
     if any(isinstance(x, Tracer) for x in leaves):
         return
-    if bool(_all_finite(model.gradient)):
+    # Known data may be looked at inside a trace, too.
+    with jax.ensure_compile_time_eval():
+        fine = bool(_all_finite(model.gradient))
+    if fine:
         return
     bad = np.flatnonzero(~np.isfinite(np.asarray(_tree.flatten(model.gradient))))
     size = _tree.size(model.gradient)
