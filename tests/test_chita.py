@@ -584,6 +584,47 @@ def test_under_vmap_and_jit():
         np.testing.assert_allclose(batched.params[lane], alone.params, atol=1e-9)
 
 
+# --- weights that no row sees -------------------------------------------------------
+
+
+def blind_problem():
+    """Least squares whose loss does not depend on its two largest weights."""
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=(24, 6))
+    x[:, [1, 4]] = 0
+    params = np.array([0.5, 30.0, 1.0, -2.0, -20.0, 0.7])
+    targets = x @ params + rng.normal(size=24)
+
+    def loss(params, x, targets):
+        return jnp.mean(jnp.square(x @ params - targets)) / 2
+
+    return loss, jnp.asarray(params), (jnp.asarray(x), jnp.asarray(targets))
+
+
+def test_weights_that_no_row_sees_are_pruned_first():
+    loss, params, args = blind_problem()
+    solve = functools.partial(
+        chita, loss, args=args, curvature=fisher(), variant="bso", ridge=0.05
+    )
+    solution = solve(params, 3)
+    np.testing.assert_array_equal(solution.mask[jnp.array([1, 4])], False)
+    np.testing.assert_equal(int(solution.mask.sum()), 3)
+    # Just as if they had been zero from the start.
+    clean = solve(params.at[jnp.array([1, 4])].set(0), 3)
+    np.testing.assert_allclose(solution.params, clean.params, rtol=1e-8, atol=1e-12)
+    # Where there is room for all that is seen and more, the larger one stays.
+    roomy = solve(params, 5)
+    np.testing.assert_array_equal(roomy.mask, [True, True, True, True, False, True])
+
+
+def test_a_given_model_keeps_what_its_rows_do_not_see():
+    loss, params, args = blind_problem()
+    model = fisher()(loss, params, args)
+    solution = chita(model, params, 3, variant="bso", ridge=0.05)
+    # Its own objective has the ridge, which is large for the largest weights.
+    np.testing.assert_array_equal(solution.mask[jnp.array([1, 4])], True)
+
+
 # --- bad input -----------------------------------------------------------------------
 
 

@@ -149,10 +149,12 @@ class BlockLowRank:
 
     def diagonal(self) -> Params:
         """Diagonal of $H$, shaped like the params."""
-        parts = [
-            jax.lax.map(lambda x: jnp.sum(jnp.square(self._wide(x)), axis=0), rows)
-            for rows in self.rows
-        ]
+
+        def squares(rows: Array) -> Array:
+            rows = self._wide(rows)
+            return _linsolve.column_dots(rows, rows)
+
+        parts = [jax.lax.map(squares, rows) for rows in self.rows]
         return self.layout.split(self.blocks.join(parts) + self.ridge)
 
     def columns(self, index: Int[Array, "s"]) -> Float[Array, "n s"]:

@@ -114,7 +114,7 @@ class GradientRows:
 
     def diagonal(self) -> Params:
         """Diagonal of $H$, shaped like the params."""
-        squares = self._each_column(lambda x: jnp.sum(jnp.square(x), axis=0))
+        squares = self._each_column(lambda x: _linsolve.column_dots(x, x))
         return self.layout.split(squares + self.ridge)
 
     def columns(self, index: Int[Array, "s"]) -> Float[Array, "n s"]:
@@ -152,7 +152,9 @@ class GradientRows:
         r"""Diagonal of $(H+\lambda I)^{-1}$; NaN where it does not exist."""
         shift = self.ridge + jnp.asarray(damping, self.ridge.dtype)
         inverse = self._inverse_kernel(shift)
-        explained = self._each_column(lambda x: jnp.sum(x * matmul(inverse, x), axis=0))
+        explained = self._each_column(
+            lambda x: _linsolve.column_dots(x, matmul(inverse, x))
+        )
         return self.layout.split((1 - explained) / shift)
 
     def effective_dimension(self, damping: Scalar) -> Scalar:

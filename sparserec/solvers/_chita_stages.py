@@ -17,7 +17,8 @@ from sparserec.quadratic import Objective, QuadraticModel
 from sparserec.solvers import _states
 from sparserec.solvers._chita_refine import refine
 from sparserec.solvers._chita_types import Found, Limits
-from sparserec.solvers._chita_variants import VARIANTS
+from sparserec.solvers._chita_unseen import without_unseen
+from sparserec.solvers._chita_variants import BASELINES, VARIANTS
 from sparserec.solvers._examples import Examples, divide
 from sparserec.solvers._schedule import budget_at
 
@@ -108,10 +109,19 @@ def _local_model(objective: Objective, params: Params, args: tuple) -> Quadratic
     return objective.model(params, args)
 
 
-@functools.partial(jax.jit, static_argnames="variant")
+@functools.partial(jax.jit, static_argnames=("variant", "given"))
 def _candidates(
-    variant: str, model: QuadraticModel, params: Params, budget: Budget, limits: Limits
+    variant: str,
+    model: QuadraticModel,
+    params: Params,
+    budget: Budget,
+    limits: Limits,
+    *,
+    given: bool,
 ) -> Found:
+    # A model that somebody gave is minimised as it is, baselines stay as published.
+    if not given and variant not in BASELINES:
+        model, params = without_unseen(model, params, budget)
     return VARIANTS[variant](model, params, budget, limits)
 
 
@@ -130,7 +140,9 @@ def step(
     dtype = _tree.dtype(state.params)
     ridges = limits.ridges.astype(dtype)
     limits = limits._replace(ridges=ridges, tol=limits.tol.astype(dtype))
-    found = _candidates(options.variant, model, state.params, now, limits)
+    found = _candidates(
+        options.variant, model, state.params, now, limits, given=objective.is_quadratic
+    )
     value, best = _judged(objective, model, found, ridges, examples)
     chosen = jax.tree.map(lambda x: x[best], found._replace(kernel=None))
     refined = options.refinements > 0 and not objective.is_quadratic

@@ -298,11 +298,15 @@ def _dispatch(name: str) -> Callable[..., Found]:
     return variant
 
 
-VARIANTS: dict[str, Callable[..., Found]] = {
-    **{name: _dispatch(name) for name in _ROWS},
+BASELINES: dict[str, Callable[..., Found]] = {
     "magnitude": _row_baselines.magnitude,
     "obs": _row_baselines.independent_obs,
     "cbs": _surgeon,
+}
+
+VARIANTS: dict[str, Callable[..., Found]] = {
+    **{name: _dispatch(name) for name in _ROWS},
+    **BASELINES,
 }
 
 NEEDS = {"obs": ("inverse_diagonal",), "cbs": ("inverse_diagonal",)}

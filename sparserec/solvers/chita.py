@@ -75,7 +75,9 @@ def chita(
       + \tfrac\rho2 \|\beta-\bar w\|^2 \quad\text{s.t.}\quad \|\beta\|_0 \le k_t$$
 
     with rows $X$ of gradients, $X^\top X$ the empirical Fisher matrix. Several stages
-    with fresh examples and a shrinking $k_t$ are CHITA++.
+    with fresh examples and a shrinking $k_t$ are CHITA++. Weights that neither the
+    gradient nor any row sees, such as those of units that are never active, are
+    pruned first (not by the baselines, and not where `loss_fn` is a model).
 
     Args:
       loss_fn: `loss_fn(params, *args) -> scalar`, a mean over the leading axis of
