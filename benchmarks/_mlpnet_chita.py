@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sparserec import Solution, keep
@@ -83,19 +82,10 @@ def _rows(predict: Callable, rows: int, batch_size: int, kind: str) -> Fisher:
 def prune(
     predict: Callable,
     params: dict[str, jax.Array],
-    train: tuple[np.ndarray, np.ndarray],
+    draw: Callable[[int], tuple],
     case: argparse.Namespace,
-    seed: int,
 ) -> Solution:
     """One run: fresh examples at every stage."""
-    rng = np.random.default_rng(seed)
-    x, y = train
-
-    def draw(stage: int) -> tuple[jax.Array, jax.Array]:
-        del stage
-        chosen = rng.choice(len(x), case.examples, replace=False)
-        return jnp.asarray(x[chosen]), jnp.asarray(y[chosen])
-
     rows = rows_of(case)
     return chita(
         _loss(predict),

@@ -80,7 +80,7 @@ COLUMNS = [
 
 class Data(NamedTuple):
     params: dict[str, jax.Array]
-    train: tuple[np.ndarray, np.ndarray]
+    train: tuple[jax.Array, jax.Array]
     test: tuple[jax.Array, jax.Array]
 
 
@@ -92,18 +92,21 @@ def load() -> Data:
     weights = np.load(pathlib.Path(folder) / "mlpnet_mnist.npz")
     digits = np.load(pathlib.Path(folder) / "mnist.npz")
 
-    def pixels(images: np.ndarray) -> np.ndarray:
-        scaled = (images.astype(np.float32) / 255 - 0.1307) / 0.3081
-        return scaled.reshape(len(images), -1)
+    def part(name: str) -> tuple[jax.Array, jax.Array]:
+        scaled = (digits[f"x_{name}"].astype(np.float32) / 255 - 0.1307) / 0.3081
+        labels = digits[f"y_{name}"].astype(np.int32)
+        return jnp.asarray(scaled.reshape(len(scaled), -1)), jnp.asarray(labels)
 
     return Data(
         params={name: jnp.asarray(weights[name]) for name in LAYERS},
-        train=(pixels(digits["x_train"]), digits["y_train"].astype(np.int32)),
-        test=(
-            jnp.asarray(pixels(digits["x_test"])),
-            jnp.asarray(digits["y_test"].astype(np.int32)),
-        ),
+        train=part("train"),
+        test=part("test"),
     )
+
+
+@jax.jit
+def take(train: tuple, chosen: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    return jax.tree.map(lambda x: x[chosen], train)
 
 
 def predict(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
@@ -143,17 +146,16 @@ def descent(examples: int, stages: int) -> sparserec.Descent:
 
 
 def prune(data: Data, case: argparse.Namespace, seed: int) -> sparserec.Solution:
-    if case.method == "chita":
-        return _mlpnet_chita.prune(predict, data.params, data.train, case, seed)
-    k = sparserec.keep(data.params, density=case.density)
     rng = np.random.default_rng(seed)
-    x, y = data.train
 
     def draw(stage: int = 0) -> tuple[jax.Array, jax.Array]:
         del stage
         chosen = rng.choice(TRAINING_EXAMPLES, case.examples, replace=False)
-        return jnp.asarray(x[chosen]), jnp.asarray(y[chosen])
+        return take(data.train, chosen)
 
+    if case.method == "chita":
+        return _mlpnet_chita.prune(predict, data.params, draw, case)
+    k = sparserec.keep(data.params, density=case.density)
     fresh = {"args": draw(), "held_out": 0.1} if case.fixed else {"batches": draw}
     model = curvature(case.cg_steps)
     return sparserec.iobs(

@@ -331,12 +331,13 @@ CURVATURES = {
 
 
 @jax.jit
-def operations(curvature, index, damping):
+def operations(curvature, index, damping, v):
     return (
         _tree.flatten(curvature.diagonal()),
         curvature.columns(index),
         _tree.flatten(curvature.inverse_diagonal(damping)),
         curvature.effective_dimension(damping),
+        curvature.quadratic_form(_tree.layout(problem()[0]).split(v)),
     )
 
 
@@ -355,11 +356,13 @@ def test_operations_agree_with_the_matrix(options):
     shifted = hessian + damping * np.eye(len(hessian))
     inverse = np.linalg.inv(shifted)
     index = jnp.asarray([3, 50, 0])
-    found = operations(curvature, index, damping)
+    v = np.random.default_rng(3).normal(size=len(hessian))
+    found = operations(curvature, index, damping, jnp.asarray(v))
     np.testing.assert_allclose(found[0], np.diag(hessian), atol=1e-12)
     np.testing.assert_allclose(found[1], hessian[:, index], atol=1e-12)
     np.testing.assert_allclose(found[2], np.diag(inverse), rtol=1e-8)
     np.testing.assert_allclose(found[3], np.trace(inverse @ hessian), rtol=1e-8)
+    np.testing.assert_allclose(found[4], v @ hessian @ v, rtol=1e-12)
     rng = np.random.default_rng(2)
     rhs = rng.normal(size=len(hessian))
     for density in (1.0, 0.3, 0.0):

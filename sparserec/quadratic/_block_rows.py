@@ -147,6 +147,19 @@ class BlockLowRank:
         ]
         return self._joined(parts, v)
 
+    def quadratic_form(self, v: Params) -> Scalar:
+        r"""$v^\top H v$: one pass over the rows."""
+        flat = self._wide(_tree.flatten(v))
+
+        def square(rows: Array, part: Array) -> Scalar:
+            product = matmul(self._wide(rows), part)
+            return jnp.vdot(product, product)
+
+        total = self.ridge * jnp.vdot(flat, flat)
+        for rows, part in zip(self.rows, self._split(flat), strict=True):
+            total += jnp.sum(jax.lax.map(lambda pair: square(*pair), (rows, part)))
+        return total
+
     def diagonal(self) -> Params:
         """Diagonal of $H$, shaped like the params."""
 

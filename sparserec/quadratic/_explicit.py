@@ -255,6 +255,12 @@ class LowRank:
         product = matmul(matmul(self.rows, flat), self.rows) + self.ridge * flat
         return _shaped_like(product, v)
 
+    def quadratic_form(self, v: Params) -> Scalar:
+        r"""$v^\top H v$: one pass over the rows."""
+        flat = _tree.flatten(v)
+        product = matmul(self.rows, flat)
+        return jnp.vdot(product, product) + self.ridge * jnp.vdot(flat, flat)
+
     def diagonal(self) -> Params:
         """Diagonal of $H$, shaped like the params."""
         squares = _linsolve.column_dots(self.rows, self.rows)

@@ -107,6 +107,12 @@ class GradientRows:
         product = self.transposed_times(self.times(flat)) + self.ridge * flat
         return _tree.cast_like(self.layout.split(product), v)
 
+    def quadratic_form(self, v: Params) -> Scalar:
+        r"""$v^\top H v$: one pass over the rows."""
+        flat = self._flat(v)
+        product = self.times(flat)
+        return jnp.vdot(product, product) + self.ridge * jnp.vdot(flat, flat)
+
     def _each_column(
         self, function: Callable[[Float[Array, "m p"]], Float[Array, "p"]]
     ) -> Float[Array, "n"]:

@@ -77,7 +77,9 @@ def mean_curvature(curvature: Curvature) -> Scalar:
 class QuadraticModel:
     r"""$q(w) = v + \langle g, w-c\rangle + \frac12 (w-c)^\top H (w-c)$.
 
-    A model is callable and can be given wherever a loss is: `model(params)`.
+    A model is callable and can be given wherever a loss is: `model(params)`. A
+    curvature with `quadratic_form` (rows have it: one pass in place of two) is asked
+    for no product.
 
     Attributes:
       center: the point $c$, a pytree of floating arrays.
@@ -95,8 +97,9 @@ class QuadraticModel:
         """Value of the model at `params`, shape `()`."""
         step = _tree.sub(params, self.center)
         half = jnp.asarray(0.5, _tree.dtype(step))
-        bend = half * _tree.dot(step, self.curvature.matvec(step))
-        return self.value + _tree.dot(self.gradient, step) + bend
+        form = getattr(self.curvature, "quadratic_form", None)
+        bend = form(step) if form else _tree.dot(step, self.curvature.matvec(step))
+        return self.value + _tree.dot(self.gradient, step) + half * bend
 
     def at(self, params: Params) -> Self:
         """The same quadratic, expanded around `params` instead of the center."""
