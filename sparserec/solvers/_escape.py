@@ -24,6 +24,7 @@ from sparserec.solvers._swaps import (
     Slots,
     exchange_gains,
     factorise,
+    gather,
     objective,
 )
 from sparserec.solvers._walk import walk
@@ -107,15 +108,14 @@ def escape(
             jnp.where(descending, block.members.index, state.best.index),
             jnp.where(descending, block.members.filled & chosen, state.best.filled),
         )
-        start = factorise(inner, *begin)
 
         def two_by_two() -> tuple[Slots, Scalar, Array]:
-            return *exchange_pairs(inner, start), jnp.int32(0)
+            return *exchange_pairs(inner, factorise(inner, *begin)), jnp.int32(0)
 
         def one_by_one() -> tuple[Slots, Scalar, Array]:
             result = walk(
                 inner,
-                start,
+                gather(inner, *begin),
                 patience=jnp.where(descending, 0, patience),
                 max_moves=jnp.where(descending, max_descent, max_moves),
             )

@@ -106,38 +106,35 @@ def floor_of(diagonal: Float[Array, "n"]) -> Float[Array, "n"]:
     return jnp.where(diagonal > 0, share * diagonal, 1)
 
 
-def factorise(
+def gather(
     problem: Problem, index: Int[Array, "s"], filled: Bool[Array, "s"]
 ) -> Members:
-    """Members of a support from scratch: their columns, an inverse, one product.
+    """Members of a support with their columns, and zeros until a `refresh`.
 
     Args:
       problem: what is minimised.
       index: entry in each slot; distinct where filled.
       filled: which slots are in use.
-
-    Returns:
-      The members. Where $H_{QQ}$ is not positive definite, only the entries that
-      are never pruned stay; if those are dependent too, values are NaN.
     """
-    gram = columns(problem, index)
-    fixed = filled & (problem.group[index] < 0)
-
-    def attempt(state: tuple[Array, Array, Array, Array]):
-        # The first time with all of them, the second with those that must stay.
-        tries, _, _, _ = state
-        chosen = jnp.where(tries == 0, filled, fixed)
-        inverse, sound = _inverse(gram[:, index], chosen)
-        return tries + 1, chosen, inverse, sound
-
-    blank = jnp.zeros((index.shape[0], index.shape[0]), gram.dtype)
-    _, filled, inverse, _ = jax.lax.while_loop(
-        lambda state: (state[0] < 2) & ~state[3],
-        attempt,
-        (jnp.int32(0), filled, blank, jnp.bool_(False)),
+    slots, size, wide = index.shape[0], problem.linear.shape[0], problem.linear.dtype
+    return Members(
+        index=index,
+        filled=filled,
+        gram=columns(problem, index),
+        inverse=jnp.zeros((slots, slots), wide),
+        values=jnp.zeros(slots, wide),
+        coupling=jnp.zeros((slots, size), wide),
+        slope=problem.linear,
+        bend=problem.diagonal,
+        inside=jnp.zeros(size, bool),
     )
-    gram = jnp.where(filled[:, None], gram, 0)
-    return _assemble(problem, index, filled, gram, inverse)
+
+
+def factorise(
+    problem: Problem, index: Int[Array, "s"], filled: Bool[Array, "s"]
+) -> Members:
+    """Members of a support from scratch: `gather` and `refresh`."""
+    return refresh(problem, gather(problem, index, filled))
 
 
 def _inverse(
@@ -180,9 +177,29 @@ def _assemble(
 
 
 def refresh(problem: Problem, members: Members) -> Members:
-    """The same members from their stored columns, without a pass over the data."""
-    inverse, _ = _inverse(members.gram[:, members.index], members.filled)
-    return _assemble(problem, members.index, members.filled, members.gram, inverse)
+    """Everything from the stored columns, without a pass over the data.
+
+    Where $H_{QQ}$ is not positive definite, only the entries that are never pruned
+    stay; if those are dependent too, values are NaN.
+    """
+    index, gram = members.index, members.gram
+    inner = gram[:, index]
+    fixed = members.filled & (problem.group[index] < 0)
+
+    def attempt(state: tuple[Array, Array, Array, Array]):
+        # The first time with all of them, the second with those that must stay.
+        tries, _, _, _ = state
+        chosen = jnp.where(tries == 0, members.filled, fixed)
+        inverse, sound = _inverse(inner, chosen)
+        return tries + 1, chosen, inverse, sound
+
+    _, filled, inverse, _ = jax.lax.while_loop(
+        lambda state: (state[0] < 2) & ~state[3],
+        attempt,
+        (jnp.int32(0), members.filled, members.inverse, jnp.bool_(False)),
+    )
+    gram = jnp.where(filled[:, None], gram, 0)
+    return _assemble(problem, index, filled, gram, inverse)
 
 
 def objective(problem: Problem, members: Members) -> Scalar:

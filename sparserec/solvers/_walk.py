@@ -61,7 +61,7 @@ class _Walking(NamedTuple):
     best_value: Scalar
     moves: Int[Array, ""]
     since: Int[Array, ""]  # moves since the best was found
-    stale: Int[Array, ""]  # moves since the last factorisation; -1 before the first
+    stale: Int[Array, ""]  # moves since the last factorisation
     ended: Bool[Array, ""]
 
 
@@ -80,7 +80,7 @@ def walk(
 
     Args:
       problem: what is minimised.
-      members: where to start.
+      members: where to start; `gather` is enough.
       patience: int32, shape `()`; 0 for a descent.
       max_moves: largest number of moves, int32, shape `()`.
 
@@ -100,17 +100,12 @@ def walk(
         fresh = refresh(problem, state.members)
         return fresh, objective(problem, fresh)
 
-    def stay(state: _Walking) -> tuple[Members, Scalar]:
-        return state.members, state.value
-
     def body(state: _Walking) -> _Walking:
         worth = state.move.gain > slack_of(problem, state.members)
-        first = state.stale < 0
         due = (state.stale >= REFRESH) | (~roaming & ~worth & (state.stale > 0))
-        goes = ~first & ~due
+        goes = ~due
         one = goes.astype(jnp.int32)
-        action = jnp.where(first, 2, jnp.where(due, 1, 0))
-        members, value = jax.lax.switch(action, [advance, renew, stay], state)
+        members, value = jax.lax.cond(due, renew, advance, state)
         moves = state.moves + one
         gone = entries == entry_at(state.members.index, state.move.slot)
         come = entries == state.move.column
@@ -151,20 +146,20 @@ def walk(
             | ~jnp.isfinite(move.gain),
         )
 
-    value = objective(problem, members)
+    unknown = jnp.full((), jnp.inf, problem.linear.dtype)
     never = jnp.zeros(problem.linear.shape, jnp.int32)
     zero, no = jnp.int32(0), jnp.bool_(False)
     start = _Walking(
         members=members,
-        move=Move(jnp.zeros_like(value), zero, zero, no, no),
-        value=value,
+        move=Move(-unknown, zero, zero, no, no),
+        value=unknown,
         enter_from=never,
         leave_from=never,
         best=Slots(members.index, members.filled),
-        best_value=value,
+        best_value=unknown,
         moves=zero,
         since=zero,
-        stale=jnp.int32(-1),
+        stale=jnp.int32(REFRESH),
         ended=no,
     )
     end = jax.lax.while_loop(lambda s: ~s.ended, body, start)
