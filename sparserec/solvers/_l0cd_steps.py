@@ -40,8 +40,8 @@ class Options:
     """The static choices; see `sparserec.l0cd`.
 
     Attributes:
-      begin: what is known of the first params: `"zeros"`, `"support"` (theirs is the
-        first one), or `"unknown"`.
+      begin: what is known of the first params: `"zeros"`, `"dense"` (not all are
+        zero), `"sparse"` (and no more than may be kept), or `"unknown"`.
       whole: whether to go on beyond the first local optimum of a model; otherwise
         one step ends with `MAX_STEPS` where going on may help.
     """
@@ -105,13 +105,12 @@ def init(
     budget: Budget,
     args: tuple,
 ) -> tuple[State, Incumbent]:
-    if options.begin == "zeros":
-        own = jnp.zeros(_tree.size(params), bool)
-    else:
+    own = _tree.flatten(params) != 0
+    if options.begin not in ("zeros", "sparse"):
         mask = select.support(params, budget.counts, budget.groups)
         # A zero that is kept would have to be paid for.
         priced = (weights.penalty > 0) | (weights.l1 > 0)
-        own = _tree.flatten(mask) & ((_tree.flatten(params) != 0) | ~priced)
+        own = _tree.flatten(mask) & (own | ~priced)
     mask = _mask_of(own, params, budget)
     projection = _tree.keep(mask, params)
     loss = _value(objective, projection, args)
@@ -182,15 +181,12 @@ def _solve_model(
     if value is None:
         value = model(params) + penalties(params, budget, weights)
     zero = jnp.zeros_like(state.change)
-    change = _tree.norm(_tree.sub(params, state.params)) / jnp.maximum(
-        _tree.norm(params), jnp.finfo(zero.dtype).tiny
-    )
     return state._replace(
         params=params,
         mask=mask,
         objective=value.astype(state.objective.dtype),
         # A second step would find the same: the search has ended by itself.
-        change=jnp.where(done, zero, change),
+        change=jnp.where(done, zero, zero + 1),
         stationarity=zero,
         failure=failure,
     )
@@ -224,7 +220,7 @@ def _best_support(
 
     def warm(pursue: Callable[[], Slots]) -> Slots:
         # All members of a penalised answer are worth their price: no other start.
-        if options.penalised or options.begin == "support":
+        if options.penalised or options.begin in ("dense", "sparse"):
             return own
         if options.begin == "zeros":
             return pursue()

@@ -54,7 +54,7 @@ class Walk(NamedTuple):
 class _Walking(NamedTuple):
     members: Members
     move: Move  # the best one from the members
-    value: Scalar  # at the members
+    slack: Scalar  # gain below which a move is rounding
     enter_from: Int[Array, "n"]  # move from which an entry may come in again
     leave_from: Int[Array, "n"]  # move from which it may go out again
     best: Slots
@@ -91,21 +91,18 @@ def walk(
     entries = jnp.arange(problem.linear.shape[0], dtype=jnp.int32)
     roaming = patience > 0
 
-    def advance(state: _Walking) -> tuple[Members, Scalar]:
-        return apply_move(problem, state.members, state.move), (
-            state.value - state.move.gain
-        )
+    def advance(state: _Walking) -> Members:
+        return apply_move(problem, state.members, state.move)
 
-    def renew(state: _Walking) -> tuple[Members, Scalar]:
-        fresh = refresh(problem, state.members)
-        return fresh, objective(problem, fresh)
+    def renew(state: _Walking) -> Members:
+        return refresh(problem, state.members)
 
     def body(state: _Walking) -> _Walking:
-        worth = state.move.gain > slack_of(problem, state.members)
+        worth = state.move.gain > state.slack
         due = (state.stale >= REFRESH) | (~roaming & ~worth & (state.stale > 0))
         goes = ~due
         one = goes.astype(jnp.int32)
-        members, value = jax.lax.cond(due, renew, advance, state)
+        members = jax.lax.cond(due, renew, advance, state)
         moves = state.moves + one
         gone = entries == entry_at(state.members.index, state.move.slot)
         come = entries == state.move.column
@@ -120,6 +117,7 @@ def walk(
             state.leave_from,
         )
         barred = Barred(roaming & (enter_from > moves), roaming & (leave_from > moves))
+        value = objective(problem, members)
         slack = slack_of(problem, members)
         better = value < state.best_value - jnp.where(roaming, slack, 0)
         since = jnp.where(better, 0, state.since + one)
@@ -129,7 +127,7 @@ def walk(
         return _Walking(
             members=members,
             move=move,
-            value=value,
+            slack=slack,
             enter_from=enter_from,
             leave_from=leave_from,
             best=Slots(
@@ -152,7 +150,7 @@ def walk(
     start = _Walking(
         members=members,
         move=Move(-unknown, zero, zero, no, no),
-        value=unknown,
+        slack=unknown,
         enter_from=never,
         leave_from=never,
         best=Slots(members.index, members.filled),

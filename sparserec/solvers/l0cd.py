@@ -184,11 +184,11 @@ def l0cd(
         return solve(options, params)
     # Two programs: the search beyond the first local optimum takes longest to
     # compile, and most problems do without it.
-    begin = "support" if _any_nonzero(params) else "zeros"
+    begin = "dense" if _any_nonzero(params) else "zeros"
     first = solve(dataclasses.replace(options, begin=begin, whole=False), params)
-    if first.status != Status.MAX_STEPS:
+    if int(first.status) != Status.MAX_STEPS:
         return first
-    rest = dataclasses.replace(options, begin="support", starts=None, penalised=False)
+    rest = dataclasses.replace(options, begin="sparse", starts=None, penalised=False)
     return solve(rest, first.params)
 
 
@@ -371,15 +371,12 @@ def _check_choices(order: str, starts, effort: float, key) -> None:
 
 def check_model(model: QuadraticModel) -> None:
     """Refuses data with NaN or infinities, by column; traced models pass."""
-    leaves = jax.tree.leaves(model.gradient)
-    if any(isinstance(x, Tracer) for x in leaves):
+    if _any_traced(model.gradient):
         return
-    # Known data may be looked at inside a trace, too.
-    with jax.ensure_compile_time_eval():
-        fine = bool(_all_finite(model.gradient))
-    if fine:
+    leaves = [np.asarray(x) for x in jax.tree.leaves(model.gradient)]
+    if all(np.all(np.isfinite(x)) for x in leaves):
         return
-    bad = np.flatnonzero(~np.isfinite(np.asarray(_tree.flatten(model.gradient))))
+    bad = np.flatnonzero(~np.isfinite(np.concatenate([x.ravel() for x in leaves])))
     size = _tree.size(model.gradient)
     where = (
         "in every column: look for NaN in the response (or in whole rows)"
@@ -391,6 +388,3 @@ def check_model(model: QuadraticModel) -> None:
         f"the gradient of the model is NaN or infinite {where}. Drop or impute what "
         "is missing, or scale what overflows."
     )
-
-
-_all_finite = jax.jit(_tree.all_finite)
