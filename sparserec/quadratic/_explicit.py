@@ -268,7 +268,7 @@ class LowRank:
         else:
             found = self.gram[index]
         places = jnp.arange(found.shape[1], dtype=index.dtype)
-        return (found + jnp.where(places == index[:, None], self.ridge, 0)).T
+        return (found + jnp.where(places[None, :] == index[:, None], self.ridge, 0)).T
 
     def solve_on(self, mask: Mask, rhs: Params, damping: Scalar) -> LinearSolve:
         """Solve on the support, zero off it."""

@@ -179,7 +179,7 @@ def columns(problem: Problem, index: Int[Array, "s"]) -> Float[Array, "s n"]:
 
         found = jax.vmap(product)(units)
     places = jnp.arange(size, dtype=index.dtype)
-    return found + jnp.where(places == index[:, None], problem.ridge, 0)
+    return found + jnp.where(places[None, :] == index[:, None], problem.ridge, 0)
 
 
 def block(problem: Problem, index: Int[Array, "s"]) -> Float[Array, "s s"]:

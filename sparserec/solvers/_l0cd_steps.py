@@ -333,7 +333,29 @@ def refit(
     params: Params,
     slots: Slots,
 ) -> Candidate:
-    """A few Newton steps on a support, each halved until the loss falls."""
+    """A few Newton steps on a support, each halved until the loss falls.
+
+    Where the curvature can be restricted, no step sees the rest of the data.
+    """
+    restrict = getattr(objective.curvature, "restrict", None)
+    if restrict is None:
+        return _newton_steps(objective, weights, budget, args, params, slots)
+    part = jnp.where(slots.filled, params[slots.index], 0)
+    places = Slots(jnp.arange(part.size, dtype=jnp.int32), slots.filled)
+    data = restrict(args, slots.index)
+    found = _newton_steps(objective, weights, budget, data, part, places)
+    whole = jnp.zeros_like(params).at[slots.index].add(found.params)
+    return Candidate(whole, slots, found.objective)
+
+
+def _newton_steps(
+    objective: Objective,
+    weights: Weights,
+    budget: Budget,
+    args: tuple,
+    params: Params,
+    slots: Slots,
+) -> Candidate:
     inside = jnp.zeros(_tree.size(params), bool).at[slots.index].max(slots.filled)
     layout = _tree.layout(params)
     start = _tree.keep(layout.split(inside), params)
