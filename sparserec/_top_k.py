@@ -32,8 +32,7 @@ _Key: TypeAlias = Callable[[Array, Array], Array]
 # Three bits a pass. On CPU a pass with 7 candidates costs as much as one over
 # the plain sum of magnitudes; with 15 it costs twice that for one bit more.
 _BITS = 3
-_PARTS = 1 << _BITS
-_CANDIDATES = _PARTS - 1
+_CANDIDATES = (1 << _BITS) - 1
 # Below this size a pass is cheaper than the arithmetic of a better guess.
 _INTERPOLATE_FROM = 1 << 14
 # Below this size the passes saved cost less than searching the sample.
@@ -303,23 +302,18 @@ def _narrow(
 def _met(bracket: _Bracket, target: Array) -> _Bracket:
     """Closed where the count at one end meets its target."""
     low, high, count_low, count_high = bracket
-    lowest, none = count_low <= target, count_high >= target
-    return _Bracket(
-        low=jnp.where(none, high, low),
-        high=jnp.where(lowest, low, high),
-        count_low=jnp.where(none, count_high, count_low),
-        count_high=jnp.where(lowest, count_low, count_high),
-    )
+    at_low, at_high = count_low <= target, count_high >= target
+    ends = jnp.where(at_high, high, low), jnp.where(at_low, low, high)
+    most = jnp.where(at_high, count_high, count_low)
+    return _Bracket(*ends, most, jnp.where(at_low, count_low, count_high))
 
 
 def _equal_parts(bracket: _Bracket) -> Int[Array, "g c"]:
     """Candidates that cut the keys of a bracket into equal parts."""
     low, width = bracket.low[:, None], (bracket.high - bracket.low)[:, None]
-    steps = jnp.arange(1, _PARTS, dtype=low.dtype)[None]
-    # Not `width * steps // parts`, which would overflow; shifts, as a division of
-    # signed integers is ten operations to compile.
-    rest = (width & (_PARTS - 1)) * steps
-    offsets = (width >> _BITS) * steps + (rest >> _BITS)
+    steps = jnp.arange(1, _CANDIDATES + 1, dtype=low.dtype)[None]
+    # Not `width * steps // parts`, which would overflow; shifts compile faster.
+    offsets = (width >> _BITS) * steps + ((width & _CANDIDATES) * steps >> _BITS)
     return low + jnp.clip(offsets, 1, jnp.maximum(width - 1, 1))
 
 

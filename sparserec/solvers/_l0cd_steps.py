@@ -176,8 +176,7 @@ def _solve_model(
         values = jnp.where(found.filled, found.values, 0)
         flat = jnp.zeros_like(flat).at[found.index].add(values)
         value = refitted_value(problem, found)
-    shaped = _tree.layout(state.params).split(flat)
-    params = _tree.cast_like(shaped, state.params)
+    params = _tree.cast_like(_tree.layout(state.params).split(flat), state.params)
     if value is None:
         value = model(params) + penalties(params, budget, weights)
     zero = jnp.zeros_like(state.change)
@@ -277,11 +276,9 @@ def _improve_loss(
         jnp.where(possible, once.filled, members.filled),
     )
     far = walk(problem, members, patience=0, max_moves=20 * options.slots)
-    candidates = [
-        refitted_on(present.params, far.best),
-        refitted_on(present.params, near),
-    ]
-    best = functools.reduce(_better, candidates)
+    best = _better(
+        refitted_on(present.params, far.best), refitted_on(present.params, near)
+    )
     eps = jnp.finfo(present.objective.dtype).eps
     slack = 64 * eps * jnp.abs(present.objective)
     improved = best.objective < present.objective - slack

@@ -109,30 +109,22 @@ def floor_of(diagonal: Float[Array, "n"]) -> Float[Array, "n"]:
 def gather(
     problem: Problem, index: Int[Array, "s"], filled: Bool[Array, "s"]
 ) -> Members:
-    """Members of a support with their columns, and zeros until a `refresh`.
-
-    Args:
-      problem: what is minimised.
-      index: entry in each slot; distinct where filled.
-      filled: which slots are in use.
-    """
-    slots, size, wide = index.shape[0], problem.linear.shape[0], problem.linear.dtype
+    """Members of a support with their columns, and zeros until a `refresh`."""
+    gram = columns(problem, index)
     return Members(
-        index=index,
-        filled=filled,
-        gram=columns(problem, index),
-        inverse=jnp.zeros((slots, slots), wide),
-        values=jnp.zeros(slots, wide),
-        coupling=jnp.zeros((slots, size), wide),
+        index,
+        filled,
+        gram,
+        inverse=jnp.zeros_like(gram, shape=(index.size, index.size)),
+        values=jnp.zeros_like(gram, shape=index.size),
+        coupling=jnp.zeros_like(gram),
         slope=problem.linear,
         bend=problem.diagonal,
-        inside=jnp.zeros(size, bool),
+        inside=jnp.zeros(problem.linear.shape, bool),
     )
 
 
-def factorise(
-    problem: Problem, index: Int[Array, "s"], filled: Bool[Array, "s"]
-) -> Members:
+def factorise(problem: Problem, index: Array, filled: Array) -> Members:
     """Members of a support from scratch: `gather` and `refresh`."""
     return refresh(problem, gather(problem, index, filled))
 
@@ -183,15 +175,12 @@ def refresh(problem: Problem, members: Members) -> Members:
     stay; if those are dependent too, values are NaN.
     """
     index, gram = members.index, members.gram
-    inner = gram[:, index]
     fixed = members.filled & (problem.group[index] < 0)
 
     def attempt(state: tuple[Array, Array, Array, Array]):
         # The first time with all of them, the second with those that must stay.
-        tries, _, _, _ = state
-        chosen = jnp.where(tries == 0, members.filled, fixed)
-        inverse, sound = _inverse(inner, chosen)
-        return tries + 1, chosen, inverse, sound
+        chosen = jnp.where(state[0] == 0, members.filled, fixed)
+        return state[0] + 1, chosen, *_inverse(gram[:, index], chosen)
 
     _, filled, inverse, _ = jax.lax.while_loop(
         lambda state: (state[0] < 2) & ~state[3],
@@ -335,13 +324,8 @@ def best_removal(
     cost, _, _ = removal_terms(problem, members, barred)
     slot = jnp.argmin(cost).astype(jnp.int32)
     gain = problem.penalty - entry_at(cost, slot) / 2
-    return Move(
-        gain,
-        entry_at(members.index, slot),
-        slot,
-        jnp.bool_(False),
-        jnp.bool_(True),
-    )
+    leaving, yes = entry_at(members.index, slot), jnp.bool_(True)
+    return Move(gain, leaving, slot, ~yes, yes)
 
 
 def apply_move(problem: Problem, members: Members, move: Move) -> Members:
