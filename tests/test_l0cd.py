@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparserec import Status, quadratic
+from sparserec import Status, _tree, quadratic
 from sparserec._run import _run_compiled
 from sparserec.budget import make_budget
 from sparserec.recovery import exhaustive
@@ -230,6 +230,26 @@ def test_two_programs_find_what_one_finds(options):
         assert one.status == two.status
         np.testing.assert_allclose(one.objective, two.objective, rtol=1e-9)
         np.testing.assert_allclose(one.params, two.params, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_where_weights_that_are_never_pruned_start_does_not_matter():
+    design, response, _ = regression(3, correlation=0.9)
+    params = {"bias": jnp.zeros(1), "weights": jnp.zeros(SIZE - 1)}
+    slope = -jnp.asarray(response) @ jnp.asarray(design)
+    layout = _tree.layout(params)
+    model = quadratic.QuadraticModel(
+        params,
+        jnp.asarray(response @ response / 2),
+        {"bias": slope[:1], "weights": slope[1:]},
+        quadratic.LowRank(jnp.asarray(design), jnp.zeros(()), None, layout),
+    )
+    only = {"bias": False, "weights": True}
+    moved = params | {"bias": jnp.ones(1)}
+    one, other = (l0cd(model, start, 3, prunable=only) for start in (params, moved))
+    np.testing.assert_array_equal(one.mask["weights"], other.mask["weights"])
+    np.testing.assert_allclose(one.objective, other.objective, rtol=1e-9)
+    assert int(jnp.sum(one.mask["weights"])) == 3
 
 
 @pytest.mark.slow

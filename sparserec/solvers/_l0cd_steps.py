@@ -40,8 +40,8 @@ class Options:
     """The static choices; see `sparserec.l0cd`.
 
     Attributes:
-      begin: what is known of the first params: `"zeros"`, `"dense"` (not all are
-        zero), `"sparse"` (and no more than may be kept), or `"unknown"`.
+      begin: what is known of the first params: `"zeros"`, `"sparse"` (a support
+        within the budget, to begin with), or `"unknown"`.
       whole: whether to go on beyond the first local optimum of a model; otherwise
         one step ends with `MAX_STEPS` where going on may help.
     """
@@ -106,7 +106,7 @@ def init(
     args: tuple,
 ) -> tuple[State, Incumbent]:
     own = _tree.flatten(params) != 0
-    if options.begin not in ("zeros", "sparse"):
+    if options.begin == "unknown":
         mask = select.support(params, budget.counts, budget.groups)
         # A zero that is kept would have to be paid for.
         priced = (weights.penalty > 0) | (weights.l1 > 0)
@@ -219,7 +219,7 @@ def _best_support(
 
     def warm(pursue: Callable[[], Slots]) -> Slots:
         # All members of a penalised answer are worth their price: no other start.
-        if options.penalised or options.begin in ("dense", "sparse"):
+        if options.penalised or options.begin == "sparse":
             return own
         if options.begin == "zeros":
             return pursue()

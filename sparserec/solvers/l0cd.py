@@ -184,7 +184,7 @@ def l0cd(
         return solve(options, params)
     # Two programs: the search beyond the first local optimum takes longest to
     # compile, and most problems do without it.
-    begin = "dense" if _any_nonzero(params) else "zeros"
+    begin = "unknown" if _any_nonzero(params) else "zeros"
     first = solve(dataclasses.replace(options, begin=begin, whole=False), params)
     if int(first.status) != Status.MAX_STEPS:
         return first
