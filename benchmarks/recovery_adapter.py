@@ -10,7 +10,7 @@ precision, the transfer, the search. Name it to the harness by a JSON file in
         "python": ".venv/bin/python",
         "module": "benchmarks.recovery_adapter",
         "path": ".",
-        "variants": {"l0cd": ["linear"], "l0cd_quick": ["linear"]}
+        "variants": {"l0cd": ["linear", "logistic"], "l0cd_quick": ["linear"]}
     }}
 """
 
@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparserec import _tree, quadratic
+from sparserec import _tree, losses, quadratic
 from sparserec.solvers.l0cd import l0cd
 
 LAST: dict[str, int] = {}
+LOGISTIC = quadratic.linear_predictor(losses.logistic)
 
 
 def model_of(x: np.ndarray, y: np.ndarray) -> quadratic.QuadraticModel:
@@ -41,23 +42,26 @@ def _correlations(design, response):
     return -(response @ design), jnp.vdot(response, response) / 2
 
 
-def _solve(x, y, k: int, effort: float) -> np.ndarray:
-    model = model_of(x, y)
-    solution = l0cd(model, model.center, k, effort=effort)
+def _solve(x, y, k: int, loss: str, effort: float) -> np.ndarray:
+    if loss == "logistic":
+        data = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
+        start = jnp.zeros(x.shape[1], jnp.float32)
+        solution = l0cd(LOGISTIC.loss, start, k, args=data, curvature=LOGISTIC)
+    else:
+        model = model_of(x, y)
+        solution = l0cd(model, model.center, k, effort=effort)
     LAST["status"] = int(solution.status)
     return np.asarray(solution.params, np.float64)
 
 
 def search(x, y, k, loss):
     """The defaults: as much search as the problem asks for."""
-    del loss
-    return _solve(x, y, k, 1.0)
+    return _solve(x, y, k, loss, 1.0)
 
 
 def quick(x, y, k, loss):
     """One pursuit and exchanges until none improves."""
-    del loss
-    return _solve(x, y, k, 0.0)
+    return _solve(x, y, k, loss, 0.0)
 
 
 VARIANTS = {"l0cd": search, "l0cd_quick": quick}

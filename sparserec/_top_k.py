@@ -31,7 +31,8 @@ _Key: TypeAlias = Callable[[Array, Array], Array]
 
 # Three bits a pass. On CPU a pass with 7 candidates costs as much as one over
 # the plain sum of magnitudes; with 15 it costs twice that for one bit more.
-_CANDIDATES = 7
+_BITS = 3
+_CANDIDATES = (1 << _BITS) - 1
 # Below this size a pass is cheaper than the arithmetic of a better guess.
 _INTERPOLATE_FROM = 1 << 14
 # Below this size the passes saved cost less than searching the sample.
@@ -262,12 +263,7 @@ def _search(
     Returns:
       The final brackets, see `_Bracket`.
     """
-    bracket = _narrow(
-        bracket,
-        target,
-        jnp.stack([bracket.low, bracket.high], axis=1),
-        jnp.stack([bracket.count_low, bracket.count_high], axis=1),
-    )
+    bracket = _met(bracket, target)
 
     def unfinished(state: tuple[_Bracket, Array]) -> Array:
         return jnp.any(state[0].high - state[0].low > 1)
@@ -280,7 +276,7 @@ def _search(
             # Equal parts leave an eighth of the keys; a guess that leaves more than
             # an eighth of the entries between the bounds has earned no second try.
             inside = new.count_low - new.count_high
-            stalled = inside > (old.count_low - old.count_high) // (_CANDIDATES + 1)
+            stalled = inside > (old.count_low - old.count_high) >> _BITS
             proposal = jnp.where(stalled[:, None], proposal, _by_counts(new, target))
         return new, proposal
 
@@ -303,13 +299,21 @@ def _narrow(
     )
 
 
+def _met(bracket: _Bracket, target: Array) -> _Bracket:
+    """Closed where the count at one end meets its target."""
+    low, high, count_low, count_high = bracket
+    at_low, at_high = count_low <= target, count_high >= target
+    ends = jnp.where(at_high, high, low), jnp.where(at_low, low, high)
+    most = jnp.where(at_high, count_high, count_low)
+    return _Bracket(*ends, most, jnp.where(at_low, count_low, count_high))
+
+
 def _equal_parts(bracket: _Bracket) -> Int[Array, "g c"]:
     """Candidates that cut the keys of a bracket into equal parts."""
     low, width = bracket.low[:, None], (bracket.high - bracket.low)[:, None]
-    parts = _CANDIDATES + 1
-    steps = jnp.arange(1, parts, dtype=low.dtype)[None]
-    # Not `width * steps // parts`: the product would overflow.
-    offsets = (width // parts) * steps + (width % parts) * steps // parts
+    steps = jnp.arange(1, _CANDIDATES + 1, dtype=low.dtype)[None]
+    # Not `width * steps // parts`, which would overflow; shifts compile faster.
+    offsets = (width >> _BITS) * steps + ((width & _CANDIDATES) * steps >> _BITS)
     return low + jnp.clip(offsets, 1, jnp.maximum(width - 1, 1))
 
 

@@ -11,12 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparserec import Status, quadratic
+from sparserec import Status, _tree, quadratic
 from sparserec._run import _run_compiled
 from sparserec.budget import make_budget
 from sparserec.recovery import exhaustive
+from sparserec.solvers import _search
 from sparserec.solvers._columns import make_problem
 from sparserec.solvers._coordinate import coordinate_descent
+from sparserec.solvers._escape import escape
 from sparserec.solvers.l0cd import certificate, l0cd
 
 ROWS, SIZE = 30, 12  # one set of shapes: compilation is most of the time here
@@ -181,15 +183,73 @@ def test_scale_of_the_response_changes_nothing(scale):
 
 
 def test_sweeps_compile_once():
-    design, response, _ = regression(1)
-    model = model_of(design, response)
-    l0cd(model, jnp.zeros(SIZE), 1)
+    # The descent and the search beyond it are two programs, for all k and all data.
     before = compilations()
-    for k in range(SIZE + 1):
-        l0cd(model, jnp.zeros(SIZE), k)
-    other = model_of(*regression(2)[:2])
-    l0cd(other, jnp.zeros(SIZE), 3)
-    assert compilations() == before
+    for seed in (1, 2):
+        model = model_of(*regression(seed)[:2])
+        for k in range(SIZE + 1):
+            l0cd(model, jnp.zeros(SIZE), k)
+    assert compilations() <= before + 2
+
+
+def test_a_clear_support_does_not_compile_the_search_beyond_it(monkeypatch):
+    traces = []
+
+    def counted(*args, **kwargs):
+        traces.append(1)
+        return escape(*args, **kwargs)
+
+    monkeypatch.setattr(_search, "escape", counted)
+    # Shapes that no other test has: nothing is compiled yet.
+    design = np.random.default_rng(3).normal(size=(ROWS, SIZE + 1))
+    model = model_of(design, 2 * design[:, 1] - design[:, 6])
+    clear = l0cd(model, jnp.zeros(SIZE + 1), 2)
+    assert support(clear) == {1, 6}
+    assert not traces
+    jax.eval_shape(lambda m: l0cd(m, jnp.zeros(SIZE + 1), 2, max_kept=2), model)
+    assert traces
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"penalty": 1.0}])
+def test_two_programs_find_what_one_finds(options):
+    rng = np.random.default_rng(0)
+
+    @jax.jit
+    def traced(model):
+        return l0cd(model, jnp.zeros(60), 8, max_kept=8, **options)
+
+    for correlation in (0.0, 0.5, 0.9, 0.95):
+        design = rng.normal(size=(40, 60))
+        for j in range(1, 60):
+            design[:, j] += correlation * design[:, j - 1]
+        model = model_of(design, design[:, ::8] @ rng.normal(size=8) + rng.normal())
+        one = traced(model)
+        two = l0cd(model, jnp.zeros(60), 8, max_kept=8, **options)
+        assert support(one) == support(two)
+        assert one.status == two.status
+        np.testing.assert_allclose(one.objective, two.objective, rtol=1e-9)
+        np.testing.assert_allclose(one.params, two.params, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_where_weights_that_are_never_pruned_start_does_not_matter():
+    design, response, _ = regression(3, correlation=0.9)
+    params = {"bias": jnp.zeros(1), "weights": jnp.zeros(SIZE - 1)}
+    slope = -jnp.asarray(response) @ jnp.asarray(design)
+    layout = _tree.layout(params)
+    model = quadratic.QuadraticModel(
+        params,
+        jnp.asarray(response @ response / 2),
+        {"bias": slope[:1], "weights": slope[1:]},
+        quadratic.LowRank(jnp.asarray(design), jnp.zeros(()), None, layout),
+    )
+    only = {"bias": False, "weights": True}
+    moved = params | {"bias": jnp.ones(1)}
+    one, other = (l0cd(model, start, 3, prunable=only) for start in (params, moved))
+    np.testing.assert_array_equal(one.mask["weights"], other.mask["weights"])
+    np.testing.assert_allclose(one.objective, other.objective, rtol=1e-9)
+    assert int(jnp.sum(one.mask["weights"])) == 3
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from sparserec.quadratic._builders import (
 from sparserec.quadratic._explicit import BlockDiagonal, Dense, Diagonal, LowRank
 from sparserec.quadratic._fisher import Fisher, fisher
 from sparserec.quadratic._gradient_curvature import GradientRows
+from sparserec.quadratic._linear_predictor import LinearPredictor, linear_predictor
 from sparserec.quadratic._matrix_free import (
     CurvatureFn,
     GaussNewton,
@@ -35,6 +36,7 @@ __all__ = [
     "GaussNewton",
     "GradientRows",
     "Hessian",
+    "LinearPredictor",
     "LowRank",
     "MatrixFree",
     "Objective",
@@ -46,6 +48,7 @@ __all__ = [
     "gauss_newton",
     "hessian",
     "least_squares",
+    "linear_predictor",
     "low_rank",
     "make_objective",
     "mean_curvature",

@@ -273,8 +273,8 @@ class LowRank:
             found = matmul(self.rows[:, index].T, self.rows)
         else:
             found = self.gram[index]
-        slots = jnp.arange(index.shape[0])
-        return found.at[slots, index].add(self.ridge).T
+        places = jnp.arange(found.shape[1], dtype=index.dtype)
+        return (found + jnp.where(places[None, :] == index[:, None], self.ridge, 0)).T
 
     def solve_on(self, mask: Mask, rhs: Params, damping: Scalar) -> LinearSolve:
         """Solve on the support, zero off it."""

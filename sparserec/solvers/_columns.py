@@ -178,7 +178,8 @@ def columns(problem: Problem, index: Int[Array, "s"]) -> Float[Array, "s n"]:
             return _tree.flatten(curvature.matvec(shaped)).astype(wide)
 
         found = jax.vmap(product)(units)
-    return found.at[jnp.arange(index.shape[0]), index].add(problem.ridge)
+    places = jnp.arange(size, dtype=index.dtype)
+    return found + jnp.where(places[None, :] == index[:, None], problem.ridge, 0)
 
 
 def block(problem: Problem, index: Int[Array, "s"]) -> Float[Array, "s s"]:

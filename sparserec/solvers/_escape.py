@@ -23,7 +23,7 @@ from sparserec.solvers._swaps import (
     Members,
     Slots,
     exchange_gains,
-    factorise,
+    gather,
     objective,
 )
 from sparserec.solvers._walk import walk
@@ -107,26 +107,23 @@ def escape(
             jnp.where(descending, block.members.index, state.best.index),
             jnp.where(descending, block.members.filled & chosen, state.best.filled),
         )
-        start = factorise(inner, *begin)
-
-        def two_by_two() -> tuple[Slots, Scalar, Array]:
-            return *exchange_pairs(inner, start), jnp.int32(0)
-
-        def one_by_one() -> tuple[Slots, Scalar, Array]:
-            result = walk(
-                inner,
-                start,
-                patience=jnp.where(descending, 0, patience),
-                max_moves=jnp.where(descending, max_descent, max_moves),
-            )
-            return result.best, result.value, result.moves
-
-        best, value, moves = jax.lax.cond(turn == last, two_by_two, one_by_one)
+        moving = jnp.where(descending, max_descent, max_moves)
+        result = walk(
+            inner,
+            gather(inner, *begin),
+            patience=jnp.where(descending, 0, patience),
+            max_moves=jnp.where(turn == last, 0, moving),
+        )
+        best, value = jax.lax.cond(
+            turn == last,
+            lambda: exchange_pairs(inner, result.members),
+            lambda: (result.best, result.value),
+        )
         better = value < state.value
         return _Runs(
             best=jax.tree.map(lambda a, b: jnp.where(better, a, b), best, state.best),
             value=jnp.where(better, value, state.value),
-            moves=jnp.where(descending, 0, moves),
+            moves=jnp.where(descending, 0, result.moves),
         )
 
     value = objective(problem, members)

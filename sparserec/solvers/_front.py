@@ -212,7 +212,7 @@ def check_start(solution: Solution) -> None:
     """Raises where the loss was not finite to begin with; traced solutions pass."""
     if isinstance(solution.status, Tracer) or solution.status.ndim:
         return
-    if solution.status == Status.NONFINITE and solution.iterations == 0:
+    if int(solution.status) == Status.NONFINITE and int(solution.iterations) == 0:
         raise ValueError(
             "the loss is NaN or infinite at the starting params. Look for NaN in "
             "`params` and `args`: `jax.tree.map(lambda x: bool(jnp.isnan(x).any()), "

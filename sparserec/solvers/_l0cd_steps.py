@@ -11,14 +11,14 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from sparserec import _tree, select
 from sparserec._run import Incumbent, State
-from sparserec._types import Mask, Params, Scalar
+from sparserec._types import Mask, Params, Scalar, Status
 from sparserec.budget import Budget
 from sparserec.quadratic import Objective, QuadraticModel
 from sparserec.solvers import _search, _starts, _states
 from sparserec.solvers._columns import Problem, make_problem
 from sparserec.solvers._coordinate import coordinate_descent
 from sparserec.solvers._search import SearchOptions
-from sparserec.solvers._starts import slots_of, support_of
+from sparserec.solvers._starts import slots_of
 from sparserec.solvers._swaps import (
     Members,
     Slots,
@@ -37,7 +37,14 @@ _HALVINGS = 10  # of a step of a refit
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The static choices; see `sparserec.l0cd`."""
+    """The static choices; see `sparserec.l0cd`.
+
+    Attributes:
+      begin: what is known of the first params: `"zeros"`, `"sparse"` (a support
+        within the budget, to begin with), or `"unknown"`.
+      whole: whether to go on beyond the first local optimum of a model; otherwise
+        one step ends with `MAX_STEPS` where going on may help.
+    """
 
     slots: int
     swaps: bool = True
@@ -46,6 +53,13 @@ class Options:
     order: str = "cyclic"
     starts: tuple[str, ...] | None = None
     effort: float = 1.0
+    begin: str = "unknown"
+    whole: bool = True
+
+    @property
+    def search(self) -> SearchOptions:
+        """The choices of the search alone."""
+        return SearchOptions(self.slots, self.starts, self.effort, self.whole)
 
 
 class Weights(NamedTuple):
@@ -85,15 +99,18 @@ def problem_value(problem: Problem, model: QuadraticModel, params: Params) -> Sc
 
 def init(
     objective: Objective,
+    options: Options,
     weights: Weights,
     params: Params,
     budget: Budget,
     args: tuple,
 ) -> tuple[State, Incumbent]:
-    mask = select.support(params, budget.counts, budget.groups)
-    # A zero that is kept would have to be paid for.
-    priced = (weights.penalty > 0) | (weights.l1 > 0)
-    own = _tree.flatten(mask) & ((_tree.flatten(params) != 0) | ~priced)
+    own = _tree.flatten(params) != 0
+    if options.begin == "unknown":
+        mask = select.support(params, budget.counts, budget.groups)
+        # A zero that is kept would have to be paid for.
+        priced = (weights.penalty > 0) | (weights.l1 > 0)
+        own = _tree.flatten(mask) & (own | ~priced)
     mask = _mask_of(own, params, budget)
     projection = _tree.keep(mask, params)
     loss = _value(objective, projection, args)
@@ -144,6 +161,7 @@ def _solve_model(
 ) -> State:
     problem = make_problem(model, budget, penalty=weights.penalty, l2=weights.l2)
     flat = _tree.flatten(state.params).astype(problem.linear.dtype)
+    failure = state.failure
     if options.lasso:
         flat, done = coordinate_descent(
             problem, flat, weights.l1, order=options.order, slots=options.slots
@@ -151,26 +169,25 @@ def _solve_model(
         mask = _mask_of(flat != 0, state.params, budget)
         value = None
     else:
-        found, done = _best_support(problem, options, weights, flat, budget)
+        found, done, ended = _best_support(problem, options, weights, flat, budget)
+        if not options.whole:
+            failure = jnp.where(ended, failure, jnp.int32(Status.MAX_STEPS))
         mask = _mask_of(found.inside, state.params, budget)
         values = jnp.where(found.filled, found.values, 0)
         flat = jnp.zeros_like(flat).at[found.index].add(values)
         value = refitted_value(problem, found)
-    shaped = _tree.layout(state.params).split(flat)
-    params = _tree.cast_like(shaped, state.params)
+    params = _tree.cast_like(_tree.layout(state.params).split(flat), state.params)
     if value is None:
         value = model(params) + penalties(params, budget, weights)
     zero = jnp.zeros_like(state.change)
-    change = _tree.norm(_tree.sub(params, state.params)) / jnp.maximum(
-        _tree.norm(params), jnp.finfo(zero.dtype).tiny
-    )
     return state._replace(
         params=params,
         mask=mask,
         objective=value.astype(state.objective.dtype),
         # A second step would find the same: the search has ended by itself.
-        change=jnp.where(done, zero, change),
+        change=jnp.where(done, zero, zero + 1),
         stationarity=zero,
+        failure=failure,
     )
 
 
@@ -190,36 +207,28 @@ def _best_support(
     weights: Weights,
     flat: Float[Array, "n"],
     budget: Budget,
-) -> tuple[Members, Bool[Array, ""]]:
-    """Members of the support found, and whether the search ended by itself."""
-    started = jnp.any((flat != 0) & (problem.group >= 0))
+) -> tuple[Members, Bool[Array, ""], Bool[Array, ""]]:
+    """Members of the support found, whether no exchange helps, and no search either."""
     if options.penalised or not options.swaps:
-        values, settled = coordinate_descent(
+        flat, settled = coordinate_descent(
             problem, flat, weights.l1, order=options.order, slots=options.slots
         )
-        own = slots_of((values != 0) | (problem.group < 0), options.slots)
-        if not options.swaps:
-            return factorise(problem, *own), settled
+    own = slots_of((flat != 0) | (problem.group < 0), options.slots)
+    if not options.swaps:
+        return factorise(problem, *own), settled, settled
+
+    def warm(pursue: Callable[[], Slots]) -> Slots:
         # All members of a penalised answer are worth their price: no other start.
-        found = _search.search(
-            problem, budget, _search_options(options), weights.key, lambda _: own
-        )
-    else:
+        if options.penalised or options.begin == "sparse":
+            return own
+        if options.begin == "zeros":
+            return pursue()
+        started = jnp.any((flat != 0) & (problem.group >= 0))
+        return jax.lax.cond(started, lambda: own, pursue)
 
-        def warm(pursue: Callable[[], Slots]) -> Slots:
-            scores = jnp.square(flat) * problem.diagonal
-            mask = support_of(problem, scores, budget)
-            live = (mask & (flat != 0)) | (problem.group < 0)
-            return jax.lax.cond(started, lambda: slots_of(live, options.slots), pursue)
-
-        found = _search.search(
-            problem, budget, _search_options(options), weights.key, warm
-        )
-    return found.members, found.gain <= slack_of(problem, found.members)
-
-
-def _search_options(options: Options) -> SearchOptions:
-    return SearchOptions(options.slots, options.starts, options.effort)
+    found = _search.search(problem, budget, options.search, weights.key, warm)
+    done = found.gain <= slack_of(problem, found.members)
+    return found.members, done, done & ~found.unsure
 
 
 # --- any loss: one model after another ------------------------------------------------
@@ -253,10 +262,9 @@ def _improve_loss(
     first = (index == 0) & ~jnp.any(mask & ~fixed)
 
     def pursue() -> Slots:
-        none = _starts.empty(problem, options.slots)
         if options.penalised:
-            return none
-        return _starts.thresholding_pursuit(problem, budget, none)
+            return _starts.empty(problem, options.slots)
+        return _starts.thresholding_pursuit(problem, budget, options.slots)
 
     begin = jax.lax.cond(first, pursue, lambda: own)
     members = factorise(problem, *begin)
@@ -268,11 +276,9 @@ def _improve_loss(
         jnp.where(possible, once.filled, members.filled),
     )
     far = walk(problem, members, patience=0, max_moves=20 * options.slots)
-    candidates = [
-        refitted_on(present.params, far.best),
-        refitted_on(present.params, near),
-    ]
-    best = functools.reduce(_better, candidates)
+    best = _better(
+        refitted_on(present.params, far.best), refitted_on(present.params, near)
+    )
     eps = jnp.finfo(present.objective.dtype).eps
     slack = 64 * eps * jnp.abs(present.objective)
     improved = best.objective < present.objective - slack
@@ -324,7 +330,29 @@ def refit(
     params: Params,
     slots: Slots,
 ) -> Candidate:
-    """A few Newton steps on a support, each halved until the loss falls."""
+    """A few Newton steps on a support, each halved until the loss falls.
+
+    Where the curvature can be restricted, no step sees the rest of the data.
+    """
+    restrict = getattr(objective.curvature, "restrict", None)
+    if restrict is None:
+        return _newton_steps(objective, weights, budget, args, params, slots)
+    part = jnp.where(slots.filled, params[slots.index], 0)
+    places = Slots(jnp.arange(part.size, dtype=jnp.int32), slots.filled)
+    data = restrict(args, slots.index)
+    found = _newton_steps(objective, weights, budget, data, part, places)
+    whole = jnp.zeros_like(params).at[slots.index].add(found.params)
+    return Candidate(whole, slots, found.objective)
+
+
+def _newton_steps(
+    objective: Objective,
+    weights: Weights,
+    budget: Budget,
+    args: tuple,
+    params: Params,
+    slots: Slots,
+) -> Candidate:
     inside = jnp.zeros(_tree.size(params), bool).at[slots.index].max(slots.filled)
     layout = _tree.layout(params)
     start = _tree.keep(layout.split(inside), params)

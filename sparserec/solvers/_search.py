@@ -20,8 +20,8 @@ from sparserec.budget import Budget
 from sparserec.solvers import _starts
 from sparserec.solvers._columns import Problem
 from sparserec.solvers._escape import escape
-from sparserec.solvers._swaps import Members, Slots, factorise, objective
-from sparserec.solvers._walk import walk
+from sparserec.solvers._swaps import Members, Slots, gather, objective
+from sparserec.solvers._walk import Walk, walk
 
 START_NAMES = ("htp", "screening", "forward", "random")
 
@@ -44,11 +44,13 @@ class Found(NamedTuple):
       gain: by how much the best exchange, addition or removal would still lower the
         objective, shape `()`; not above rounding where the search ended by itself.
       moves: exchanges, additions and removals made, int32, shape `()`.
+      unsure: whether a longer search may find a better one, shape `()`.
     """
 
     members: Members
     gain: Scalar
     moves: Int[Array, ""]
+    unsure: Bool[Array, ""]
 
 
 @jax.tree_util.register_static
@@ -59,6 +61,7 @@ class SearchOptions:
     slots: int
     starts: tuple[str, ...] | None = None
     effort: float = 1.0
+    whole: bool = True  # whether to go on beyond the first local optimum
 
     @property
     def max_descent(self) -> int:
@@ -92,11 +95,16 @@ def search(
     if len(starts) > 1:
         stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *starts)
         start = _best(problem, stacked, options)
-    if options.effort <= 0:
-        members = factorise(problem, *start)
-        end = walk(problem, members, patience=0, max_moves=options.max_descent)
-        return Found(end.members, end.gain, end.moves)
-    return _rounds(problem, options, start, key)
+    if options.whole and options.effort > 0:
+        return _rounds(problem, options, start, key)
+    end = _descent(problem, start, options)
+    unsure = _plan(end.members, end.gain, options).limit > 0
+    return Found(end.members, end.gain, end.moves, unsure)
+
+
+def _descent(problem: Problem, start: Slots, options: SearchOptions) -> Walk:
+    members = gather(problem, *start)
+    return walk(problem, members, patience=0, max_moves=options.max_descent)
 
 
 class _Plan(NamedTuple):
@@ -151,8 +159,7 @@ def _rounds(
         moved = state.first | ~_same(problem, slots, old)
 
         def descend() -> tuple[Members, Scalar, Scalar, Array]:
-            members = factorise(problem, *slots)
-            end = walk(problem, members, patience=0, max_moves=options.max_descent)
+            end = _descent(problem, slots, options)
             value = objective(problem, end.members)
             return end.members, value, end.gain, end.moves
 
@@ -189,7 +196,7 @@ def _rounds(
     nothing = jnp.zeros((), problem.linear.dtype)
     blank = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(lambda: factorise(problem, *start)),
+        jax.eval_shape(lambda: gather(problem, *start)),
     )
     state = _Round(
         members=blank,
@@ -202,7 +209,7 @@ def _rounds(
         going=jnp.bool_(True),
     )
     end = jax.lax.while_loop(lambda s: s.going, body, state)
-    return Found(end.members, end.gain, end.moves)
+    return Found(end.members, end.gain, end.moves, jnp.bool_(False))
 
 
 def _same(problem: Problem, a: Slots, b: Slots) -> Bool[Array, ""]:
@@ -221,8 +228,7 @@ def _supports(
     slots = options.slots
 
     def pursued() -> Slots:
-        none = _starts.empty(problem, slots)
-        return _starts.thresholding_pursuit(problem, budget, none)
+        return _starts.thresholding_pursuit(problem, budget, slots)
 
     if options.starts is None:
         return [pursued() if warm is None else warm(pursued)]
@@ -244,8 +250,7 @@ def _best(problem: Problem, starts: Slots, options: SearchOptions) -> Slots:
     """The support with the lowest value after a descent from each start."""
 
     def run(start: Slots) -> tuple[Slots, Scalar]:
-        members = factorise(problem, *start)
-        end = walk(problem, members, patience=0, max_moves=options.max_descent)
+        end = _descent(problem, start, options)
         return end.best, end.value
 
     # One core gains nothing from lanes that wait for the slowest of them.
@@ -276,7 +281,7 @@ def _plan(members: Members, gain: Scalar, options: SearchOptions) -> _Plan:
     searchable = (held > 0) & jnp.isfinite(gain)
     hard = searchable & (-gain < _UNSURE * noise)
     unsure = searchable & (-gain < _SAFE * noise)
-    short = jnp.where(unsure, _SHORT, 0)
+    short = jnp.where(unsure & (options.effort > 0), _SHORT, 0)
     return _Plan(
         hard=hard,
         patience=jnp.where(hard, moves(_PATIENCE), _SHORT),

@@ -25,10 +25,10 @@ _JITTER = 1e-6
 
 def slots_of(mask: Bool[Array, "n"], slots: int) -> Slots:
     """The entries of a mask in ascending order; those beyond `slots` are dropped."""
-    index = jnp.nonzero(mask, size=slots, fill_value=0)[0].astype(jnp.int32)
-    return Slots(
-        index, jnp.arange(slots, dtype=jnp.int32) < jnp.sum(mask, dtype=jnp.int32)
-    )
+    # Ties go to the lowest index; compiles in half the time of `jnp.nonzero`.
+    found, index = jax.lax.top_k(mask.astype(jnp.float32), slots)
+    filled = found > 0
+    return Slots(jnp.where(filled, index, 0).astype(jnp.int32), filled)
 
 
 def support_of(
@@ -47,9 +47,13 @@ def empty(problem: Problem, slots: int) -> Slots:
 
 def screening(problem: Problem, budget: Budget, slots: int) -> Slots:
     r"""The largest $b_j^2 / H_{jj}$: what each entry explains on its own."""
+    return slots_of(support_of(problem, _explained_alone(problem), budget), slots)
+
+
+def _explained_alone(problem: Problem) -> Float[Array, "n"]:
     positive = problem.diagonal > 0
     scores = jnp.square(problem.linear) / jnp.where(positive, problem.diagonal, 1)
-    return slots_of(support_of(problem, jnp.where(positive, scores, 0), budget), slots)
+    return jnp.where(positive, scores, 0)
 
 
 def random(problem: Problem, budget: Budget, slots: int, key: Key[Array, ""]) -> Slots:
@@ -71,7 +75,7 @@ def refitted(problem: Problem, slots: Slots) -> Float[Array, "s"]:
 
 
 class _Pursuit(NamedTuple):
-    slots: Slots
+    scores: Float[Array, "n"]  # the largest are the next support
     mask: Bool[Array, "n"]
     best: Slots
     explained: Scalar
@@ -79,18 +83,18 @@ class _Pursuit(NamedTuple):
     moving: Bool[Array, ""]
 
 
-def thresholding_pursuit(problem: Problem, budget: Budget, start: Slots) -> Slots:
+def thresholding_pursuit(problem: Problem, budget: Budget, slots: int) -> Slots:
     r"""Hard thresholding pursuit with the diagonal as step.
 
     $$S \leftarrow \text{top}_k\bigl(H_{jj} u_j^2\bigr), \qquad
       u = v + D^{-1}(b - H v), \quad v \text{ refitted on } S,$$
 
-    until the support repeats.
+    from the support of `screening` until one repeats.
 
     Args:
       problem: what is minimised.
       budget: weights to keep.
-      start: support of the first refit; from none, the next is that of `screening`.
+      slots: places for members.
 
     Returns:
       The support with the lowest refitted value among those visited.
@@ -99,34 +103,37 @@ def thresholding_pursuit(problem: Problem, budget: Budget, start: Slots) -> Slot
     """
     positive = problem.diagonal > 0
     scale = jnp.where(positive, problem.diagonal, 1)
-    width = start.index.shape[0]
 
-    def step(state: _Pursuit) -> _Pursuit:
-        values = refitted(problem, state.slots)
-        values = jnp.where(state.slots.filled, values, 0)
-        explained = jnp.vdot(values, problem.linear[state.slots.index])
+    def visit(state: _Pursuit, mask: Bool[Array, "n"]) -> _Pursuit:
+        here = slots_of(mask, slots)
+        values = jnp.where(here.filled, refitted(problem, here), 0)
+        explained = jnp.vdot(values, problem.linear[here.index])
         better = explained > state.explained
-        slope = problem.linear - product_on(problem, state.slots.index, values)
-        point = (slope / scale).at[state.slots.index].add(values)
-        scores = jnp.where(positive, jnp.square(point) * scale, 0)
-        mask = support_of(problem, scores, budget)
+        slope = problem.linear - product_on(problem, here.index, values)
+        point = (slope / scale).at[here.index].add(values)
         return _Pursuit(
-            slots=slots_of(mask, width),
+            scores=jnp.where(positive, jnp.square(point) * scale, 0),
             mask=mask,
-            best=jax.tree.map(
-                lambda a, b: jnp.where(better, a, b), state.slots, state.best
-            ),
+            best=jax.tree.map(lambda a, b: jnp.where(better, a, b), here, state.best),
             explained=jnp.maximum(state.explained, explained),
             steps=state.steps + 1,
-            moving=jnp.any(mask != state.mask),
+            moving=jnp.bool_(True),
         )
 
-    mask = jnp.zeros(problem.linear.shape, bool).at[start.index].max(start.filled)
+    def step(state: _Pursuit) -> _Pursuit:
+        mask = support_of(problem, state.scores, budget)
+        return jax.lax.cond(
+            jnp.any(mask != state.mask) | (state.steps == 0),
+            lambda: visit(state, mask),
+            lambda: state._replace(moving=jnp.bool_(False)),
+        )
+
+    nothing = jnp.zeros(slots, jnp.int32)
     first = _Pursuit(
-        slots=start,
-        mask=mask,
-        best=start,
-        explained=-jnp.ones((), problem.linear.dtype) * jnp.inf,
+        scores=_explained_alone(problem),
+        mask=jnp.zeros(problem.linear.shape, bool),
+        best=Slots(nothing, nothing > 0),
+        explained=jnp.full((), -jnp.inf, problem.linear.dtype),
         steps=jnp.int32(0),
         moving=jnp.bool_(True),
     )

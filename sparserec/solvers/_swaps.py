@@ -106,38 +106,27 @@ def floor_of(diagonal: Float[Array, "n"]) -> Float[Array, "n"]:
     return jnp.where(diagonal > 0, share * diagonal, 1)
 
 
-def factorise(
+def gather(
     problem: Problem, index: Int[Array, "s"], filled: Bool[Array, "s"]
 ) -> Members:
-    """Members of a support from scratch: their columns, an inverse, one product.
-
-    Args:
-      problem: what is minimised.
-      index: entry in each slot; distinct where filled.
-      filled: which slots are in use.
-
-    Returns:
-      The members. Where $H_{QQ}$ is not positive definite, only the entries that
-      are never pruned stay; if those are dependent too, values are NaN.
-    """
+    """Members of a support with their columns, and zeros until a `refresh`."""
     gram = columns(problem, index)
-    fixed = filled & (problem.group[index] < 0)
-
-    def attempt(state: tuple[Array, Array, Array, Array]):
-        # The first time with all of them, the second with those that must stay.
-        tries, _, _, _ = state
-        chosen = jnp.where(tries == 0, filled, fixed)
-        inverse, sound = _inverse(gram[:, index], chosen)
-        return tries + 1, chosen, inverse, sound
-
-    blank = jnp.zeros((index.shape[0], index.shape[0]), gram.dtype)
-    _, filled, inverse, _ = jax.lax.while_loop(
-        lambda state: (state[0] < 2) & ~state[3],
-        attempt,
-        (jnp.int32(0), filled, blank, jnp.bool_(False)),
+    return Members(
+        index,
+        filled,
+        gram,
+        inverse=jnp.zeros_like(gram, shape=(index.size, index.size)),
+        values=jnp.zeros_like(gram, shape=index.size),
+        coupling=jnp.zeros_like(gram),
+        slope=problem.linear,
+        bend=problem.diagonal,
+        inside=jnp.zeros(problem.linear.shape, bool),
     )
-    gram = jnp.where(filled[:, None], gram, 0)
-    return _assemble(problem, index, filled, gram, inverse)
+
+
+def factorise(problem: Problem, index: Array, filled: Array) -> Members:
+    """Members of a support from scratch: `gather` and `refresh`."""
+    return refresh(problem, gather(problem, index, filled))
 
 
 def _inverse(
@@ -180,9 +169,26 @@ def _assemble(
 
 
 def refresh(problem: Problem, members: Members) -> Members:
-    """The same members from their stored columns, without a pass over the data."""
-    inverse, _ = _inverse(members.gram[:, members.index], members.filled)
-    return _assemble(problem, members.index, members.filled, members.gram, inverse)
+    """Everything from the stored columns, without a pass over the data.
+
+    Where $H_{QQ}$ is not positive definite, only the entries that are never pruned
+    stay; if those are dependent too, values are NaN.
+    """
+    index, gram = members.index, members.gram
+    fixed = members.filled & (problem.group[index] < 0)
+
+    def attempt(state: tuple[Array, Array, Array, Array]):
+        # The first time with all of them, the second with those that must stay.
+        chosen = jnp.where(state[0] == 0, members.filled, fixed)
+        return state[0] + 1, chosen, *_inverse(gram[:, index], chosen)
+
+    _, filled, inverse, _ = jax.lax.while_loop(
+        lambda state: (state[0] < 2) & ~state[3],
+        attempt,
+        (jnp.int32(0), members.filled, members.inverse, jnp.bool_(False)),
+    )
+    gram = jnp.where(filled[:, None], gram, 0)
+    return _assemble(problem, index, filled, gram, inverse)
 
 
 def objective(problem: Problem, members: Members) -> Scalar:
@@ -318,13 +324,8 @@ def best_removal(
     cost, _, _ = removal_terms(problem, members, barred)
     slot = jnp.argmin(cost).astype(jnp.int32)
     gain = problem.penalty - entry_at(cost, slot) / 2
-    return Move(
-        gain,
-        entry_at(members.index, slot),
-        slot,
-        jnp.bool_(False),
-        jnp.bool_(True),
-    )
+    leaving, yes = entry_at(members.index, slot), jnp.bool_(True)
+    return Move(gain, leaving, slot, ~yes, yes)
 
 
 def apply_move(problem: Problem, members: Members, move: Move) -> Members:

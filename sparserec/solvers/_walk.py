@@ -54,14 +54,14 @@ class Walk(NamedTuple):
 class _Walking(NamedTuple):
     members: Members
     move: Move  # the best one from the members
-    value: Scalar  # at the members
+    slack: Scalar  # gain below which a move is rounding
     enter_from: Int[Array, "n"]  # move from which an entry may come in again
     leave_from: Int[Array, "n"]  # move from which it may go out again
     best: Slots
     best_value: Scalar
     moves: Int[Array, ""]
     since: Int[Array, ""]  # moves since the best was found
-    stale: Int[Array, ""]  # moves since the last factorisation; -1 before the first
+    stale: Int[Array, ""]  # moves since the last factorisation
     ended: Bool[Array, ""]
 
 
@@ -80,7 +80,7 @@ def walk(
 
     Args:
       problem: what is minimised.
-      members: where to start.
+      members: where to start; `gather` is enough.
       patience: int32, shape `()`; 0 for a descent.
       max_moves: largest number of moves, int32, shape `()`.
 
@@ -91,26 +91,18 @@ def walk(
     entries = jnp.arange(problem.linear.shape[0], dtype=jnp.int32)
     roaming = patience > 0
 
-    def advance(state: _Walking) -> tuple[Members, Scalar]:
-        return apply_move(problem, state.members, state.move), (
-            state.value - state.move.gain
-        )
+    def advance(state: _Walking) -> Members:
+        return apply_move(problem, state.members, state.move)
 
-    def renew(state: _Walking) -> tuple[Members, Scalar]:
-        fresh = refresh(problem, state.members)
-        return fresh, objective(problem, fresh)
-
-    def stay(state: _Walking) -> tuple[Members, Scalar]:
-        return state.members, state.value
+    def renew(state: _Walking) -> Members:
+        return refresh(problem, state.members)
 
     def body(state: _Walking) -> _Walking:
-        worth = state.move.gain > slack_of(problem, state.members)
-        first = state.stale < 0
+        worth = state.move.gain > state.slack
         due = (state.stale >= REFRESH) | (~roaming & ~worth & (state.stale > 0))
-        goes = ~first & ~due
+        goes = ~due
         one = goes.astype(jnp.int32)
-        action = jnp.where(first, 2, jnp.where(due, 1, 0))
-        members, value = jax.lax.switch(action, [advance, renew, stay], state)
+        members = jax.lax.cond(due, renew, advance, state)
         moves = state.moves + one
         gone = entries == entry_at(state.members.index, state.move.slot)
         come = entries == state.move.column
@@ -125,6 +117,7 @@ def walk(
             state.leave_from,
         )
         barred = Barred(roaming & (enter_from > moves), roaming & (leave_from > moves))
+        value = objective(problem, members)
         slack = slack_of(problem, members)
         better = value < state.best_value - jnp.where(roaming, slack, 0)
         since = jnp.where(better, 0, state.since + one)
@@ -134,7 +127,7 @@ def walk(
         return _Walking(
             members=members,
             move=move,
-            value=value,
+            slack=slack,
             enter_from=enter_from,
             leave_from=leave_from,
             best=Slots(
@@ -151,20 +144,20 @@ def walk(
             | ~jnp.isfinite(move.gain),
         )
 
-    value = objective(problem, members)
+    unknown = jnp.full((), jnp.inf, problem.linear.dtype)
     never = jnp.zeros(problem.linear.shape, jnp.int32)
     zero, no = jnp.int32(0), jnp.bool_(False)
     start = _Walking(
         members=members,
-        move=Move(jnp.zeros_like(value), zero, zero, no, no),
-        value=value,
+        move=Move(-unknown, zero, zero, no, no),
+        slack=unknown,
         enter_from=never,
         leave_from=never,
         best=Slots(members.index, members.filled),
-        best_value=value,
+        best_value=unknown,
         moves=zero,
         since=zero,
-        stale=jnp.int32(-1),
+        stale=jnp.int32(REFRESH),
         ended=no,
     )
     end = jax.lax.while_loop(lambda s: ~s.ended, body, start)

@@ -1,5 +1,6 @@
 """L0 coordinate descent with exact swap search, and the certificate of its answers."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
@@ -14,7 +15,7 @@ from jaxtyping import Array, Int, Key
 from sparserec import _tree
 from sparserec._run import Solver
 from sparserec._solution import Solution
-from sparserec._types import LossFn, Params, Prunable, Scalar
+from sparserec._types import LossFn, Params, Prunable, Scalar, Status
 from sparserec.budget import make_budget, matrices, prunable_leaves
 from sparserec.quadratic import (
     CurvatureFn,
@@ -47,7 +48,7 @@ def l0cd_solver(objective: Objective, *, options: Options, weights: Weights) -> 
       The pair of init and step.
     """
     return Solver(
-        init=Partial(_l0cd_steps.init, objective, weights),
+        init=Partial(_l0cd_steps.init, objective, options, weights),
         step=Partial(_l0cd_steps.step, objective, options, weights),
     )
 
@@ -162,17 +163,33 @@ def l0cd(
     wide = _tree.dtype(_tree.to_working_precision(params))
     prices = [jnp.asarray(x, wide) for x in (penalty, l2, l1)]
     weights = Weights(prices[0], prices[1], prices[2], key)
-    return _front.solve(
-        lambda objective, _: l0cd_solver(objective, options=options, weights=weights),
-        loss_fn,
-        params,
-        k,
-        args=args,
-        curvature=curvature,
-        prunable=prunable,
-        tol=tol,
-        max_steps=max_steps,
-    )
+
+    def solve(options: Options, params: Params) -> Solution:
+        return _front.solve(
+            lambda objective, _: l0cd_solver(
+                objective, options=options, weights=weights
+            ),
+            loss_fn,
+            params,
+            k,
+            args=args,
+            curvature=curvature,
+            prunable=prunable,
+            tol=tol,
+            max_steps=max_steps,
+        )
+
+    staged = isinstance(loss_fn, QuadraticModel) and options.swaps
+    if not staged or _any_traced((loss_fn, params, k, tol, weights)):
+        return solve(options, params)
+    # Two programs: the search beyond the first local optimum takes longest to
+    # compile, and most problems do without it.
+    begin = "unknown" if _any_nonzero(params) else "zeros"
+    first = solve(dataclasses.replace(options, begin=begin, whole=False), params)
+    if int(first.status) != Status.MAX_STEPS:
+        return first
+    rest = dataclasses.replace(options, begin="sparse", starts=None, penalised=False)
+    return solve(rest, first.params)
 
 
 class Certificate(NamedTuple):
@@ -321,6 +338,14 @@ def _slots(params: Params, k, chosen: tuple[bool, ...], max_kept: int | None) ->
     return rounded(max(sum(known), 0) + free + 2, total)
 
 
+def _any_traced(tree: object) -> bool:
+    return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
+
+
+def _any_nonzero(tree: object) -> bool:
+    return any(np.any(np.asarray(x)) for x in jax.tree.leaves(tree))
+
+
 def _is_zero(weight: object) -> bool:
     return isinstance(weight, int | float) and weight == 0
 
@@ -346,15 +371,12 @@ def _check_choices(order: str, starts, effort: float, key) -> None:
 
 def check_model(model: QuadraticModel) -> None:
     """Refuses data with NaN or infinities, by column; traced models pass."""
-    leaves = jax.tree.leaves(model.gradient)
-    if any(isinstance(x, Tracer) for x in leaves):
+    if _any_traced(model.gradient):
         return
-    # Known data may be looked at inside a trace, too.
-    with jax.ensure_compile_time_eval():
-        fine = bool(_all_finite(model.gradient))
-    if fine:
+    leaves = [np.asarray(x) for x in jax.tree.leaves(model.gradient)]
+    if all(np.all(np.isfinite(x)) for x in leaves):
         return
-    bad = np.flatnonzero(~np.isfinite(np.asarray(_tree.flatten(model.gradient))))
+    bad = np.flatnonzero(~np.isfinite(np.concatenate([x.ravel() for x in leaves])))
     size = _tree.size(model.gradient)
     where = (
         "in every column: look for NaN in the response (or in whole rows)"
@@ -366,6 +388,3 @@ def check_model(model: QuadraticModel) -> None:
         f"the gradient of the model is NaN or infinite {where}. Drop or impute what "
         "is missing, or scale what overflows."
     )
-
-
-_all_finite = jax.jit(_tree.all_finite)
