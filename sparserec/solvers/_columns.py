@@ -40,6 +40,8 @@ class Problem(NamedTuple):
         never pruned.
       capacity: weights that each group may keep, int32, shape `(g,)`.
       constant: value at zero, shape `()`.
+      lower: least values, shape `(n,)`; `None` for no bounds.
+      upper: largest values, shape `(n,)`; `None` for no bounds.
     """
 
     curvature: Curvature
@@ -51,6 +53,8 @@ class Problem(NamedTuple):
     group: Int[Array, "n"]
     capacity: Int[Array, "g"]
     constant: Scalar
+    lower: Float[Array, "n"] | None = None
+    upper: Float[Array, "n"] | None = None
 
 
 def make_problem(
@@ -226,4 +230,6 @@ def restricted(problem: Problem, index: Int[Array, "a"]) -> Problem:
         diagonal=jnp.diagonal(matrix),
         ridge=jnp.zeros_like(problem.ridge),
         group=problem.group[index],
+        lower=None if problem.lower is None else problem.lower[index],
+        upper=None if problem.upper is None else problem.upper[index],
     )

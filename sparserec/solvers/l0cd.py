@@ -23,7 +23,8 @@ from sparserec.quadratic import (
     hessian,
     make_objective,
 )
-from sparserec.solvers import _front, _l0cd_steps
+from sparserec.solvers import _box, _front, _l0cd_box, _l0cd_steps
+from sparserec.solvers._box import Box
 from sparserec.solvers._columns import make_problem, rounded
 from sparserec.solvers._coordinate import ORDERS
 from sparserec.solvers._l0cd_steps import Options, Weights, problem_value
@@ -35,17 +36,29 @@ from sparserec.solvers._swaps import objective as refitted_value
 _TRACED_LIMIT = 512
 
 
-def l0cd_solver(objective: Objective, *, options: Options, weights: Weights) -> Solver:
+def l0cd_solver(
+    objective: Objective,
+    *,
+    options: Options,
+    weights: Weights,
+    box: Box | None = None,
+) -> Solver:
     """L0 coordinate descent as a `Solver`, for use with `run`.
 
     Args:
       objective: what to minimise, from `sparserec.quadratic.make_objective`.
       options: static choices.
       weights: of the penalties, and the key.
+      box: bounds of the weights; `None` for none.
 
     Returns:
       The pair of init and step.
     """
+    if box is not None:
+        return Solver(
+            init=Partial(_l0cd_box.init, objective, weights, box),
+            step=Partial(_l0cd_box.step, objective, options, weights, box),
+        )
     return Solver(
         init=Partial(_l0cd_steps.init, objective, weights),
         step=Partial(_l0cd_steps.step, objective, options, weights),
@@ -68,6 +81,8 @@ def l0cd(
     effort: float = 1.0,
     key: Key[Array, ""] | None = None,
     max_kept: int | None = None,
+    lower: Params | float | None = None,
+    upper: Params | float | None = None,
     prunable: Prunable = matrices,
     tol: Scalar | float = 1e-6,
     max_steps: int = 30,
@@ -114,6 +129,12 @@ def l0cd(
       key: typed PRNG key for random starts; `None` for none.
       max_kept: largest k of a sweep, which sets the shapes; a little above k if
         `None`, so that neighboring k share a compilation. Static.
+      lower: least values of the weights, a number, or numbers shaped like `params`;
+        `None` for none. At most zero for prunable weights: a weight that is not kept
+        is zero. Within bounds the search is shorter: coordinate descent, and exchanges
+        that are scored in closed form and taken where the objective falls after a
+        refit within the bounds; `starts`, `effort` and `key` have no effect. Traced.
+      upper: largest values, at least zero for prunable weights; as `lower`.
       prunable: which leaves may be pruned; see `sparserec.matrices`. Other leaves are
         refitted along with the support.
       tol: relative change at which to stop on losses that are no quadratic model; the
@@ -132,7 +153,8 @@ def l0cd(
       TypeError: `k`, `params` or `key` of the wrong type.
       ValueError: `k` or a weight out of range, unknown paths or options, a model with
         NaN (says in which columns), a loss that is not a scalar or not finite at the
-        start, a traced `k` without `max_kept` on many weights.
+        start, a traced `k` without `max_kept` on many weights, bounds that contradict
+        each other.
 
     Source: objectives and coordinate descent after Hazimeh & Mazumder (2020),
     L0Learn; exact scores of exchanges from block inverses; pursuit of Foucart (2011);
@@ -150,6 +172,13 @@ def l0cd(
             "`sparserec.quadratic.least_squares(X, y)`, in place of the loss."
         )
     chosen = prunable_leaves(params, prunable)
+    box = _box.make_box(lower, upper, params, prunable)
+    quadratic = isinstance(loss_fn, QuadraticModel)
+    if box is not None and not (quadratic or (_is_zero(penalty) and _is_zero(l2))):
+        raise ValueError(
+            "`penalty` and `l2` together with bounds need a quadratic model; add a "
+            "ridge such as `l2 * jnp.vdot(w, w)` to the loss itself."
+        )
     options = Options(
         slots=_slots(params, k, chosen, max_kept),
         swaps=swaps and not lasso,
@@ -163,7 +192,9 @@ def l0cd(
     prices = [jnp.asarray(x, wide) for x in (penalty, l2, l1)]
     weights = Weights(prices[0], prices[1], prices[2], key)
     return _front.solve(
-        lambda objective, _: l0cd_solver(objective, options=options, weights=weights),
+        lambda objective, _: l0cd_solver(
+            objective, options=options, weights=weights, box=box
+        ),
         loss_fn,
         params,
         k,
