@@ -185,9 +185,7 @@ def _candidates(problem: Problem, placed: Placed) -> Placed:
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), several, fewer)
 
 
-def _free_members(
-    problem: Problem, placed: Placed
-) -> tuple[Members, Bool[Array, "s"]]:
+def _free_members(problem: Problem, placed: Placed) -> tuple[Members, Bool[Array, "s"]]:
     """The members within their bounds, given the others, and who the others are."""
     assert problem.lower is not None and problem.upper is not None
     low, high = problem.lower[placed.index], problem.upper[placed.index]

@@ -195,7 +195,9 @@ def block(problem: Problem, index: Int[Array, "s"]) -> Float[Array, "s s"]:
 
 
 def stored_block(curvature: Any, index: Int[Array, "s"]) -> Float[Array, "s s"]:
-    """$H$ between the entries of `index`, of a curvature with `columns`."""
+    """$H$ between the entries of `index`, of a curvature with `columns` or `block`."""
+    if hasattr(curvature, "block"):
+        return curvature.block(index)
     if isinstance(curvature, LowRank) and curvature.gram is None:
         rows = curvature.rows[:, index]
         # Off the diagonal only where an index appears twice.

@@ -10,11 +10,11 @@ from sparserec import _tree
 from sparserec._run import Incumbent, State
 from sparserec._types import Params, Scalar
 from sparserec.budget import Budget
-from sparserec.quadratic import Objective, QuadraticModel
+from sparserec.quadratic import Objective, QuadraticModel, mean_curvature
 from sparserec.solvers import _box, _box_search, _l0cd_steps, _states
 from sparserec.solvers._box import Box
 from sparserec.solvers._box_search import Placed
-from sparserec.solvers._columns import Problem, flat_diagonal, make_problem
+from sparserec.solvers._columns import Problem, make_problem
 from sparserec.solvers._coordinate import coordinate_descent
 from sparserec.solvers._l0cd_steps import Options, Weights, mask_of, penalties
 from sparserec.solvers._refit import Fit, Scales
@@ -165,7 +165,7 @@ def _refit(
 ) -> tuple[Fit, Scalar]:
     model = objective.model(state.params, args)
     wide = state.objective.dtype
-    curvature = jnp.mean(jnp.abs(flat_diagonal(model.curvature))).astype(wide)
+    curvature = mean_curvature(model.curvature).astype(wide)
     curvature = jnp.maximum(curvature, jnp.finfo(wide).tiny)
     bend = curvature * _tree.norm(state.params)
     scales = Scales(
@@ -175,7 +175,5 @@ def _refit(
         loss=8 * jnp.finfo(wide).eps * jnp.abs(model.value),
     )
     mask = _tree.layout(state.params).split(inside)
-    fit = refit_within(
-        objective, mask, state.params, args, scales, options.slots, box
-    )
+    fit = refit_within(objective, mask, state.params, args, scales, options.slots, box)
     return fit, fit.gradient

@@ -124,9 +124,7 @@ def refit_within(
     end = while_loop(
         lambda state: ~state.done & (state.rounds < _ROUNDS),
         body,
-        _Round(
-            first, nothing, nothing, value, floor, jnp.int32(0), jnp.bool_(False)
-        ),
+        _Round(first, nothing, nothing, value, floor, jnp.int32(0), jnp.bool_(False)),
         on_host=objective.on_host,
     )
     return end.fit
