@@ -50,7 +50,7 @@ class JointRows:
     layout: _tree.Layout
 
     def _bent(self, eta: Float[Array, "m t"]) -> Float[Array, "m t"]:
-        """Products $B_i \\eta_i$."""
+        r"""Products $B_i \eta_i$."""
         if self.chances is not None:
             mean = jnp.sum(self.chances * eta, axis=1, keepdims=True)
             eta = self.chances * (eta - mean)

@@ -81,17 +81,19 @@ def warm_path(
         )
         return found.params, point
 
-    top, rising = jax.lax.scan(visit, params, ks)
-    _, falling = jax.lax.scan(visit, top, ks, reverse=True)
+    # One scan, so that the solver is compiled once.
+    _, points = jax.lax.scan(visit, params, jnp.concatenate([ks, ks[::-1]]))
+    rising = jax.tree.map(lambda x: x[:k_max], points)
+    falling = jax.tree.map(lambda x: x[k_max:][::-1], points)
     better = falling.objective < rising.objective
 
     def choose(a: Array, b: Array) -> Array:
         return jnp.where(better.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
 
-    points = jax.tree.map(choose, falling, rising)
-    finite = jnp.isfinite(points.objective)
-    order = monotone(jnp.where(finite, points.objective, jnp.inf))
-    best = jax.tree.map(lambda x: x[order], points)
+    chosen = jax.tree.map(choose, falling, rising)
+    finite = jnp.isfinite(chosen.objective)
+    order = monotone(jnp.where(finite, chosen.objective, jnp.inf))
+    best = jax.tree.map(lambda x: x[order], chosen)
     return Path(
         ks=ks,
         params=best.params,
@@ -100,7 +102,7 @@ def warm_path(
         objective=best.objective,
         gain=jnp.full_like(best.objective, jnp.nan),
         status=best.status,
-        moves=jnp.sum(rising.moves) + jnp.sum(falling.moves),
+        moves=jnp.sum(points.moves),
     )
 
 

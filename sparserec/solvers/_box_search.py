@@ -108,13 +108,13 @@ def place(problem: Problem, slots: Slots, flat: Float[Array, "n"]) -> Placed:
 
 def refitted(problem: Problem, placed: Placed) -> Placed:
     """The best values on a support within the bounds; those that are zero leave it."""
-    assert problem.lower is not None and problem.upper is not None
+    lower, upper = _bounds(problem)
     index, wide = placed.index, problem.linear.dtype
     matrix = block(problem, index)
     zero = jnp.zeros((), wide)
     target = jnp.where(placed.filled, problem.linear[index], 0)
     model = QuadraticModel(jnp.zeros_like(target), zero, -target, Dense(matrix))
-    box = Box(problem.lower[index], problem.upper[index])
+    box = Box(lower[index], upper[index])
     present = jnp.where(placed.filled, jnp.diagonal(matrix), 0)
     count = jnp.maximum(jnp.sum(placed.filled, dtype=jnp.int32), 1)
     scales = Scales(
@@ -137,6 +137,12 @@ def refitted(problem: Problem, placed: Placed) -> Placed:
     paid = jnp.sum(filled & ~fixed, dtype=jnp.int32).astype(wide)
     value = problem.constant + fit.value + problem.penalty * paid
     return Placed(index, filled, jnp.where(filled, fit.params, 0), value)
+
+
+def _bounds(problem: Problem) -> tuple[Float[Array, "n"], Float[Array, "n"]]:
+    assert problem.lower is not None
+    assert problem.upper is not None
+    return problem.lower, problem.upper
 
 
 def _tiny(wide: jnp.dtype) -> float:
@@ -187,8 +193,8 @@ def _candidates(problem: Problem, placed: Placed) -> Placed:
 
 def _free_members(problem: Problem, placed: Placed) -> tuple[Members, Bool[Array, "s"]]:
     """The members within their bounds, given the others, and who the others are."""
-    assert problem.lower is not None and problem.upper is not None
-    low, high = problem.lower[placed.index], problem.upper[placed.index]
+    lower, upper = _bounds(problem)
+    low, high = lower[placed.index], upper[placed.index]
     bound = placed.filled & ((placed.values <= low) | (placed.values >= high))
     pinned = jnp.where(bound, placed.values, 0)
     linear = problem.linear - product_on(problem, placed.index, pinned)
@@ -223,11 +229,11 @@ def _scores(
 ) -> _Scores:
     """Every entry alone, or in the place of the member that makes most of it."""
     least = floor_of(problem.diagonal)
+    lower, upper = _bounds(problem)
 
     def entering(slope: Float[Array, "n"], bend: Float[Array, "n"]) -> Array:
-        assert problem.lower is not None and problem.upper is not None
         best = slope / bend
-        value = jnp.clip(best, problem.lower, problem.upper)
+        value = jnp.clip(best, lower, upper)
         # A column that the members span brings nothing but rounding.
         return jnp.where(bend > least, bend * value * (best - value / 2), -jnp.inf)
 

@@ -60,7 +60,7 @@ def omp(
       batch_size: examples visited at a time, as in `htp`. Static.
       tol: relative change at which to stop, as in `htp`.
       max_steps: largest number of steps; static. `None` for what a concrete k or
-        `max_kept` asks for, else as many as there are units; too few leave fewer than k.
+        `max_kept` asks for, else as many as there are units; too few leave fewer.
 
     Returns:
       As `htp`.
@@ -142,7 +142,7 @@ def foba(
       batch_size: examples visited at a time, as in `htp`. Static.
       tol: relative change at which to stop, as in `htp`.
       max_steps: largest number of steps; static. `None` for what a concrete k or
-        `max_kept` asks for, else as many as there are units; too few leave fewer than k.
+        `max_kept` asks for, else as many as there are units; too few leave fewer.
 
     Returns:
       As `htp`.
