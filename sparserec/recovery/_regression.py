@@ -127,7 +127,11 @@ def regression(
     center = jnp.zeros((size, *response.shape[1:]), wide)
     slope = standard.transposed_times(bent.T)
     model = QuadraticModel(
-        center, jnp.vdot(bent, rest) / 2, -slope.T, _curvature(standard, share, center)
+        center,
+        jnp.vdot(bent, rest) / 2,
+        -slope.T,
+        _curvature(standard, share, center),
+        least=jnp.zeros((), wide),
     )
     return Regression(model, mean, scale, offset)
 

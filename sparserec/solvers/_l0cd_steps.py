@@ -155,7 +155,7 @@ def _solve_model(
         mask = mask_of(found.inside, state.params, budget)
         values = jnp.where(found.filled, found.values, 0)
         flat = jnp.zeros_like(flat).at[found.index].add(values)
-        value = refitted_value(problem, found)
+        value = model.sound(refitted_value(problem, found))
     shaped = _tree.layout(state.params).split(flat)
     params = _tree.cast_like(shaped, state.params)
     if value is None:
