@@ -269,6 +269,23 @@ def test_the_number_of_shared_features_is_chosen(k):
     assert SparseClassifier(k, k_max=4).fit(X, labels).k_ in (1, 2, 3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("several_responses", [False, True])
+def test_constant_and_equal_columns_and_more_than_the_rank(several_responses):
+    rng = np.random.default_rng(0)
+    X, Y = rng.normal(size=(12, 20)), rng.normal(size=(12, 2))
+    X[:, 3], X[:, 5] = 7, X[:, 4]
+    Y += X[:, [4]]
+    y = Y if several_responses else Y[:, 0]
+    model: Any = SparseRegressor(8).fit(X, y)
+    assert not model.support_[3]
+    assert model.support_[4] != model.support_[5]
+    whole: Any = SparseRegressor(20).fit(X, y)
+    assert whole.k_ <= 12
+    assert np.all(np.isfinite(whole.coef_))
+    assert whole.score(X, y) > 0.999
+
+
 # --- bounds --------------------------------------------------------------------------
 
 
