@@ -66,7 +66,7 @@ def test_nearest_sparse_point_of_a_box(box):
     rng = np.random.default_rng(0)
     for _ in range(40):
         point, bend = rng.normal(size=6), rng.uniform(0.5, 2, 6)
-        bounds = _box.make_box(*box, jnp.zeros(6), sr.matrices)
+        bounds = _box.make_box(box[0], box[1], jnp.zeros(6), sr.matrices)
         worth = _box.worth(bounds, jnp.asarray(point), jnp.asarray(bend))
         kept = np.argsort(-np.asarray(worth))[:2]
         distances = {}

@@ -358,7 +358,10 @@ def test_solves_are_as_wide_as_the_largest_budget(name):
     design, response, _ = regression()
     rows = quadratic.LowRank(jnp.asarray(design), jnp.zeros(()))
     model = quadratic.QuadraticModel(
-        jnp.zeros(SIZE), response @ response / 2, -response @ design, rows
+        jnp.zeros(SIZE),
+        jnp.asarray(response @ response / 2),
+        jnp.asarray(-response @ design),
+        rows,
     )
 
     def wide(max_kept):

@@ -130,10 +130,9 @@ def l0cd(
       max_kept: largest k of a sweep, which sets the shapes; a little above k if
         `None`, so that neighboring k share a compilation. Static.
       lower: least values of the weights, a number, or numbers shaped like `params`;
-        `None` for none. At most zero for prunable weights: a weight that is not kept
-        is zero. Within bounds the search is shorter: coordinate descent, and exchanges
-        that are scored in closed form and taken where the objective falls after a
-        refit within the bounds; `starts`, `effort` and `key` have no effect. Traced.
+        `None` for none. At most zero for prunable weights, which are zero when they
+        are not kept. Within bounds the search is shorter: coordinate descent and
+        exchanges; `starts`, `effort` and `key` have no effect. Traced.
       upper: largest values, at least zero for prunable weights; as `lower`.
       prunable: which leaves may be pruned; see `sparserec.matrices`. Other leaves are
         refitted along with the support.
@@ -153,8 +152,7 @@ def l0cd(
       TypeError: `k`, `params` or `key` of the wrong type.
       ValueError: `k` or a weight out of range, unknown paths or options, a model with
         NaN (says in which columns), a loss that is not a scalar or not finite at the
-        start, a traced `k` without `max_kept` on many weights, bounds that contradict
-        each other.
+        start, a traced `k` without `max_kept` on many weights, contradicting bounds.
 
     Source: objectives and coordinate descent after Hazimeh & Mazumder (2020),
     L0Learn; exact scores of exchanges from block inverses; pursuit of Foucart (2011);
