@@ -1,5 +1,6 @@
 """Estimators: scikit-learn's own checks, and fits against its models."""
 
+import itertools
 import subprocess
 import sys
 from typing import Any
@@ -194,10 +195,139 @@ def test_logistic_regression_on_two_labels():
     np.testing.assert_array_equal(model.classes_, ["no", "yes"])
 
 
-def test_more_than_two_labels_are_refused():
-    X, _, _ = draw()
-    with pytest.raises(ValueError, match="OneVsRest"):
-        SparseClassifier().fit(X, np.arange(ROWS) % 3)
+# --- several outputs share their features --------------------------------------------
+
+
+def several(seed=0):
+    X, _, units = draw(seed)
+    rng = np.random.default_rng(seed)
+    weights = np.zeros((SIZE, 3))
+    weights[[1, 4]] = rng.normal(size=(2, 3))
+    center = X.mean(axis=0)
+    scores = (X - center) @ (weights / units[:, None])
+    return X, scores, rng
+
+
+@pytest.mark.slow
+def test_features_of_several_responses_are_the_best_of_all():
+    X, scores, rng = several()
+    Y = scores + [1, 2, 3] + 0.5 * rng.normal(size=scores.shape)
+    model: Any = SparseRegressor(2).fit(X, Y)
+
+    def rest(kept):
+        return np.sum(
+            (Y - LinearRegression().fit(X[:, kept], Y).predict(X[:, kept])) ** 2
+        )
+
+    best = min(itertools.combinations(range(SIZE), 2), key=rest)
+    np.testing.assert_array_equal(model.get_support(indices=True), best)
+    plain = LinearRegression().fit(X[:, best], Y)
+    assert model.coef_.shape == (3, SIZE)
+    np.testing.assert_allclose(model.coef_[:, best], plain.coef_, rtol=1e-9)
+    np.testing.assert_allclose(model.intercept_, plain.intercept_, rtol=1e-9)
+    np.testing.assert_allclose(model.predict(X), plain.predict(X[:, best]), rtol=1e-9)
+    # One response after another may choose other features for each.
+    alone = [SparseRegressor(2).fit(X, y).support_ for y in Y.T]
+    assert np.any(alone, axis=0).sum() >= model.k_
+
+
+@pytest.mark.slow
+def test_features_of_several_classes_are_the_best_of_all():
+    X, scores, rng = several(1)
+    labels = np.array(["a", "b", "c"])[
+        np.argmax(2 * scores + rng.gumbel(size=scores.shape), axis=1)
+    ]
+    model: Any = SparseClassifier(2, l2=0.05).fit(X, labels)
+    scaled = StandardScaler().fit_transform(X)
+
+    def fitted(kept):
+        plain = LogisticRegression(C=1 / 0.1, tol=1e-10, max_iter=10_000)
+        return plain.fit(scaled[:, kept], labels)
+
+    def penalised(kept):
+        plain = fitted(kept)
+        codes = np.searchsorted(plain.classes_, labels)
+        chances = plain.predict_proba(scaled[:, kept])[np.arange(ROWS), codes]
+        return -np.log(chances).sum() + 0.05 * np.sum(plain.coef_**2)
+
+    best = min(itertools.combinations(range(SIZE), 2), key=penalised)
+    np.testing.assert_array_equal(model.get_support(indices=True), best)
+    chances = fitted(best).predict_proba(scaled[:, best])
+    np.testing.assert_allclose(model.predict_proba(X), chances, atol=1e-5)
+    assert model.coef_.shape == (3, SIZE)
+    assert model.intercept_.shape == (3,)
+    np.testing.assert_array_equal(model.predict(X), model.classes_[chances.argmax(1)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", ["bic", "ebic", "cv"])
+def test_the_number_of_shared_features_is_chosen(k):
+    X, scores, rng = several(2)
+    Y = scores + 0.3 * rng.normal(size=scores.shape)
+    assert SparseRegressor(k, k_max=4).fit(X, Y).k_ == 2
+    labels = np.argmax(4 * scores + rng.gumbel(size=scores.shape), axis=1)
+    assert SparseClassifier(k, k_max=4).fit(X, labels).k_ in (1, 2, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("several_responses", [False, True])
+def test_constant_and_equal_columns_and_more_than_the_rank(several_responses):
+    rng = np.random.default_rng(0)
+    X, Y = rng.normal(size=(12, 20)), rng.normal(size=(12, 2))
+    X[:, 3], X[:, 5] = 7, X[:, 4]
+    Y += X[:, [4]]
+    y = Y if several_responses else Y[:, 0]
+    model: Any = SparseRegressor(8).fit(X, y)
+    assert not model.support_[3]
+    assert model.support_[4] != model.support_[5]
+    whole: Any = SparseRegressor(20).fit(X, y)
+    assert whole.k_ <= 12
+    assert np.all(np.isfinite(whole.coef_))
+    assert whole.score(X, y) > 0.999
+
+
+# --- bounds --------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_positive_coefficients_as_in_scikit_learn():
+    X, y, _ = draw(5, noise=3.0)
+    plain = LinearRegression(positive=True).fit(X, y)
+    found: Any = SparseRegressor(SIZE, positive=True).fit(X, y)
+    np.testing.assert_allclose(found.coef_, plain.coef_, rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(found.intercept_, plain.intercept_, rtol=1e-7)
+    model: Any = SparseRegressor(2, positive=True).fit(X, y)
+
+    def rest(kept):
+        part = X[:, kept]
+        fitted = LinearRegression(positive=True).fit(part, y).predict(part)
+        return np.sum((y - fitted) ** 2)
+
+    best = min(itertools.combinations(range(SIZE), 2), key=rest)
+    np.testing.assert_allclose(
+        np.sum((y - model.predict(X)) ** 2), rest(best), rtol=1e-7
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "response"),
+    [
+        (SparseRegressor, lambda y: y),
+        (SparseRegressor, lambda y: np.stack([y, -y], axis=1)),
+        (SparseClassifier, lambda y: y > np.median(y)),
+        (SparseClassifier, lambda y: np.digitize(y, np.quantile(y, [0.3, 0.7]))),
+        (SparsePoissonRegressor, lambda y: np.digitize(y, np.quantile(y, [0.3, 0.7]))),
+    ],
+)
+def test_coefficients_obey_their_bounds(kind, response):
+    X, y, units = draw(6)
+    model = kind(3, lower=-0.2 / units, upper=0.3 / units).fit(X, response(y))
+    coefficients = np.atleast_2d(model.coef_) * units
+    assert np.all((coefficients >= -0.2 - 1e-12) & (coefficients <= 0.3 + 1e-12))
+    assert np.any(coefficients > 0.2)
+    positive = kind(3, positive=True).fit(X, response(y))
+    assert np.all(positive.coef_ >= 0)
 
 
 @pytest.mark.slow
@@ -225,6 +355,9 @@ def test_poisson_regression_of_counts():
         ({"k": 2.5}, "integer"),
         ({"k": "bic", "k_max": 9}, r"\[1, 8\]"),
         ({"l2": -1.0}, "l2"),
+        ({"lower": 1.0}, "zero lies outside"),
+        ({"upper": np.ones(3)}, r"\(3,\)"),
+        ({"positive": True, "upper": -1.0}, "above"),
     ],
 )
 def test_bad_options_are_explained(options, words):

@@ -12,7 +12,7 @@ import pytest
 from jax.experimental.sparse import BCOO
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sparserec import Status, quadratic, recovery
+from sparserec import Status, htp, l0cd, quadratic, recovery
 from sparserec.recovery._path_model import model_path
 
 ROWS, SIZE, LARGEST = 40, 9, 8  # one set of shapes: compilation is most of the time
@@ -98,6 +98,38 @@ def test_no_exchange_is_left():
         value = float(found.objective[k - 1])
         assert value <= best * (1 + 1e-9)
         np.testing.assert_allclose(found.gain[k - 1], value - best, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_no_worse_than_a_search_at_every_k(seed):
+    design, response = data(seed, correlation=1.5, noise=1.0)
+    model = rows_model(jnp.asarray(design), jnp.asarray(response))
+    found = recovery.path(model, jnp.zeros(SIZE), LARGEST)
+    for k in range(1, LARGEST + 1):
+        # One descent of l0cd: as the path, it stops where no exchange helps.
+        alone = l0cd(model, jnp.zeros(SIZE), k, effort=0.0, max_kept=LARGEST)
+        assert float(found.objective[k - 1]) <= float(alone.objective) * (1 + 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("lenient_promotion")
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_a_sum_of_squares_is_not_negative_in_single_precision(scale):
+    design, _ = data()
+    with jax.enable_x64(False):
+        rows = jnp.asarray(design, jnp.float32)
+        target = jnp.float32(scale) * rows[:, [2, 6]] @ jnp.asarray([1.0, -2.0])
+        model = quadratic.least_squares(rows, target)
+        found = recovery.path(model, jnp.zeros(SIZE), LARGEST)
+        assert np.all(np.asarray(found.objective) >= 0)
+        assert np.all(np.asarray(found.objective[1:]) <= 1e-5 * found.objective[0])
+        for solution in (
+            l0cd(model, jnp.zeros(SIZE), 2, effort=0.0),
+            htp(model, jnp.zeros(SIZE), 2),
+        ):
+            assert 0 <= float(solution.objective) <= 1e-5 * float(model.value)
+            np.testing.assert_array_equal(np.flatnonzero(solution.mask), [2, 6])
 
 
 def test_nothing_left_to_explain():

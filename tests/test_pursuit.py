@@ -338,6 +338,51 @@ def test_batch_over_budgets_equals_the_loop(name):
         np.testing.assert_allclose(batch.params[k], single.params, atol=1e-9)
 
 
+@some("htp", "omp")
+def test_a_sweep_that_knows_its_largest_budget(name):
+    design, response, _ = regression()
+
+    def limited(k):
+        return solve(name, design, response, k, max_kept=5)
+
+    batch = jax.jit(jax.vmap(limited))(jnp.arange(8))
+    for k in range(8):
+        # A traced k beyond the largest one counts as that one; nothing is lost.
+        single = solve(name, design, response, min(k, 5))
+        np.testing.assert_array_equal(batch.mask[k], single.mask)
+        np.testing.assert_allclose(batch.params[k], single.params, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["htp", "omp"])
+def test_solves_are_as_wide_as_the_largest_budget(name):
+    design, response, _ = regression()
+    rows = quadratic.LowRank(jnp.asarray(design), jnp.zeros(()))
+    model = quadratic.QuadraticModel(
+        jnp.zeros(SIZE),
+        jnp.asarray(response @ response / 2),
+        jnp.asarray(-response @ design),
+        rows,
+    )
+
+    def wide(max_kept):
+        def run(k):
+            return SOLVERS[name](model, jnp.zeros(SIZE), k, max_kept=max_kept)
+
+        # Solves on any support are as wide as there are rows.
+        return f"f64[{ROWS},{ROWS}]" in str(jax.make_jaxpr(run)(jnp.int32(3)))
+
+    assert wide(None)
+    assert not wide(5)
+
+
+def test_largest_budgets_that_cannot_be():
+    design, response, _ = regression()
+    with pytest.raises(ValueError, match="below the number to keep, 4"):
+        solve("htp", design, response, 4, max_kept=3)
+    with pytest.raises(ValueError, match="`max_kept` must be an integer"):
+        solve("htp", design, response, 4, max_kept=0)
+
+
 @some("omp")
 def test_single_precision(name):
     design, response, weights = regression(0, noise=0.0)

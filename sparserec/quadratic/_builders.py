@@ -4,6 +4,8 @@ Half precision is raised to float32: there is no factorisation of it, and its ra
 is too small for squares.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -199,10 +201,11 @@ def least_squares(
     wide = _tree.dtype(_tree.to_working_precision((design, response)))
     design, response = design.astype(wide), response.astype(wide)
     half = jnp.asarray(0.5, wide)
-    return low_rank(
+    model = low_rank(
         design,
         jnp.zeros(design.shape[1], wide),
         -matmul(response, design),
         half * jnp.vdot(response, response),
         ridge=ridge,
     )
+    return dataclasses.replace(model, least=jnp.zeros((), wide))

@@ -86,12 +86,15 @@ class QuadraticModel:
       value: $v$, the loss at the center, shape `()`.
       gradient: $g$, shaped like `center`, in units of loss per unit of weight.
       curvature: $H$; see `Curvature`.
+      least: what the value is never below, shape `()`: zero for a sum of squares,
+        where anything less is rounding; `None` where nothing is known.
     """
 
     center: Params
     value: Float[Array, ""]
     gradient: Params
     curvature: Curvature
+    least: Float[Array, ""] | None = None
 
     def __call__(self, params: Params) -> Scalar:
         """Value of the model at `params`, shape `()`."""
@@ -99,7 +102,14 @@ class QuadraticModel:
         half = jnp.asarray(0.5, _tree.dtype(step))
         form = getattr(self.curvature, "quadratic_form", None)
         bend = form(step) if form else _tree.dot(step, self.curvature.matvec(step))
-        return self.value + _tree.dot(self.gradient, step) + half * bend
+        return self.sound(self.value + _tree.dot(self.gradient, step) + half * bend)
+
+    def sound(self, value: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """Values without what rounding takes below the least one."""
+        if self.least is None:
+            return value
+        missing = jnp.maximum(self.least.astype(value.dtype) - value, 0)
+        return value + jax.lax.stop_gradient(missing)
 
     def at(self, params: Params) -> Self:
         """The same quadratic, expanded around `params` instead of the center."""
@@ -110,6 +120,6 @@ class QuadraticModel:
         return dataclasses.replace(
             self,
             center=params,
-            value=self.value + slope + half * _tree.dot(step, product),
+            value=self.sound(self.value + slope + half * _tree.dot(step, product)),
             gradient=_tree.add(self.gradient, product),
         )

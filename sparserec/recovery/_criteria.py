@@ -38,6 +38,7 @@ def information_criterion(
     likelihood: Likelihood = "gaussian",
     variance: Scalar | float | None = None,
     gamma: float = 1.0,
+    width: Scalar | float = 1.0,
 ) -> Criterion:
     r"""Deviance plus a price for every weight kept.
 
@@ -64,6 +65,10 @@ def information_criterion(
       variance: $\sigma^2$ of the noise, known; `None` estimates it anew at each k.
         Only for `"gaussian"`.
       gamma: of EBIC, in `[0, 1]`; 0 makes it BIC.
+      width: weights in every group where the path counts groups, such as the number of
+        responses that share their features; each of them is paid for, while EBIC and
+        GIC count the groups to choose from. For several responses m counts their
+        entries.
 
     Returns:
       A `Criterion`. A residual of zero counts as rounding, relative to the largest
@@ -93,7 +98,9 @@ def information_criterion(
         deviance = _gaussian(path.objective, rows, variance)
     else:
         deviance = 2 * path.objective * (rows if likelihood == "mean" else 1)
-    values = deviance + _price(kind, kept, rows, _choices(path).astype(wide), gamma)
+    each = jnp.asarray(width, wide)
+    choices = _choices(path).astype(wide) / each
+    values = deviance + _price(kind, kept, rows, choices, gamma, each)
     values = jnp.where(jnp.isfinite(path.objective), values, jnp.inf)
     index = jnp.argmin(values).astype(jnp.int32)
     return Criterion(values, path.ks[index], index)
@@ -111,19 +118,24 @@ def _gaussian(
 
 
 def _price(
-    kind: Kind, kept: Float[Array, "K"], rows: Scalar, choices: Scalar, gamma: float
+    kind: Kind,
+    kept: Float[Array, "K"],
+    rows: Scalar,
+    choices: Scalar,
+    gamma: float,
+    each: Scalar,
 ) -> Float[Array, "K"]:
     if kind == "aic":
-        return 2 * kept
+        return 2 * each * kept
     if kind == "gic":
         # Below e examples the second logarithm is negative.
         inner = jnp.log(jnp.maximum(rows, jnp.e))
-        return kept * jnp.log(choices) * jnp.log(inner)
+        return each * kept * jnp.log(choices) * jnp.log(inner)
     if kind == "bic":
-        return kept * jnp.log(rows)
+        return each * kept * jnp.log(rows)
     lgamma = jax.lax.lgamma
     ways = lgamma(choices + 1) - lgamma(kept + 1) - lgamma(choices - kept + 1)
-    return kept * jnp.log(rows) + 2 * jnp.asarray(gamma, kept.dtype) * ways
+    return each * kept * jnp.log(rows) + 2 * jnp.asarray(gamma, kept.dtype) * ways
 
 
 def _choices(path: Path) -> Int[Array, ""]:

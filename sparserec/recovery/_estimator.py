@@ -1,6 +1,6 @@
 """What the estimators share: the search, the choice of k, the refit.
 
-Legend: m examples, n features.
+Legend: m examples, n features, t outputs (responses, or more than two classes).
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparserec.recovery import _fits
+from sparserec.recovery import _fits, _refits
 from sparserec.recovery._criteria import KINDS, information_criterion
 from sparserec.recovery._likelihoods import LOGISTIC, Family
+from sparserec.recovery._refits import Limits, Start
 from sparserec.recovery._resample import summarize
+from sparserec.solvers._box import make_box
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin  # noqa: F401
     from sklearn.model_selection import check_cv
     from sklearn.utils.multiclass import (  # noqa: F401
         check_classification_targets,
-        type_of_target,
     )
     from sklearn.utils.validation import (
         _check_sample_weight,
@@ -55,6 +56,9 @@ class SparseEstimator(BaseEstimator):
         l2=0.0,
         fit_intercept=True,
         standardize=True,
+        positive=False,
+        lower: Any = None,
+        upper: Any = None,
     ):
         self.k = k
         self.k_max = k_max
@@ -62,6 +66,9 @@ class SparseEstimator(BaseEstimator):
         self.l2 = l2
         self.fit_intercept = fit_intercept
         self.standardize = standardize
+        self.positive = positive
+        self.lower = lower
+        self.upper = upper
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -73,14 +80,22 @@ class SparseEstimator(BaseEstimator):
         check_is_fitted(self)
         return np.flatnonzero(self.support_) if indices else self.support_
 
-    def _fit(self, X, y: np.ndarray, sample_weight):
+    def _fit(self, X, y: np.ndarray, sample_weight, labels=None):
+        """Searches, chooses k and refits.
+
+        `y` is the response, shape `(m,)` or `(m, t)`; `labels`, by which folds are
+        stratified, are `y` itself if `None`.
+        """
         weights = _check_sample_weight(sample_weight, X, dtype=np.float64)
         if np.any(weights < 0) or not weights.sum() > 0:
             raise ValueError("`sample_weight` must be non-negative, and not all zero.")
         # As if these examples were not there: shapes and folds depend on it.
         live = weights > 0
+        labels = (y if labels is None else labels)[live]
         X, y, weights = X[live], y[live], weights[live]
-        largest, choices = self._choices(X, weights)
+        outputs = y.shape[1] if y.ndim > 1 else 0
+        largest, choices = self._choices(X, weights, outputs)
+        limits = self._limits(X.shape[1])
         if not isinstance(X, np.ndarray) and X.shape[0] * X.shape[1] <= _DENSE_LIMIT:
             X = X.toarray()
         units = _fits.units(X, weights, choices.intercept, choices.standardize)
@@ -93,34 +108,60 @@ class SparseEstimator(BaseEstimator):
             jnp.asarray(y / unit),
             jnp.asarray(weights / typical),
         )
-        l2 = jnp.asarray(self.l2 / typical, data[1].dtype)
+        wide = data[1].dtype
+        l2 = jnp.asarray(self.l2 / typical, wide)
+        bounds = limits and _fits.Bounds(
+            *(jnp.asarray(x * units[1] / unit, wide) for x in limits)
+        )
         found, along = jax.tree.map(
-            np.asarray, _fits.fit_path(*data, l2, choices=choices)
+            np.asarray, _fits.fit_path(*data, l2, bounds, choices=choices)
         )
         index = largest - 1
         if self.k in KINDS:
-            index = self._by_criterion(found, largest, weights, unit)
+            index = self._by_criterion(found, largest, weights, unit, outputs)
         elif self.k in _CHOICES:
-            losses = self._held_out(data, l2, choices, largest, y)
-            index = self._by_losses(losses, unit)
+            folds = self._folds(labels, wide)
+            losses = _fits.held_out(*data, folds, l2, bounds, choices=choices)
+            index = self._by_losses(np.asarray(losses)[:, :largest], unit)
         mask = np.asarray(jax.tree.leaves(found.mask)[0])[index]
+        mask = mask.any(axis=1) if outputs else mask
         columns = np.flatnonzero(mask)
         part = X[:, columns] if dense else X[:, columns].toarray()
-        slopes = along.coefficients[index][mask] / units[1][mask]
-        start = slopes, float(along.intercept[index]) - float(slopes @ units[0][mask])
-        coefficients, self.intercept_ = self._refit(part, y, weights, start)
-        self.coef_ = np.zeros(mask.size)
-        self.coef_[mask] = coefficients
+        scale = units[1][mask].reshape(-1, *(1,) * (y.ndim - 1))
+        slopes = along.coefficients[index][mask] * unit / scale
+        level = along.intercept[index] * unit - units[0][mask] @ slopes
+        coefficients, self.intercept_ = self._refit(
+            part,
+            y,
+            weights,
+            Start(slopes, level),
+            2 * self.l2 * self._scale(part, weights) ** 2,
+            limits and Limits(*(x[mask] for x in limits)),
+        )
+        full = np.zeros((mask.size, *y.shape[1:]))
+        full[mask] = coefficients
+        self.coef_ = full.T
         self.support_ = mask
         self.k_ = int(mask.sum())
         return self
+
+    def _limits(self, size: int) -> Limits | None:
+        """Bounds of all coefficients; `None` where there are none."""
+        lower = self.lower
+        if self.positive:
+            lower = np.maximum(0.0, -np.inf if lower is None else lower)
+        with jax.enable_x64(True):
+            box = make_box(lower, self.upper, jnp.zeros(size), lambda *_: True)
+        return box and Limits(*(np.asarray(x, float) for x in box))
 
     def _unit(self, y: np.ndarray, weights: np.ndarray) -> float:
         """By which the response is divided during the search."""
         del y, weights
         return 1.0
 
-    def _choices(self, X, weights: np.ndarray) -> tuple[int, _fits.Choices]:
+    def _choices(
+        self, X, weights: np.ndarray, outputs: int
+    ) -> tuple[int, _fits.Choices]:
         """The largest k, and the static choices of the search."""
         size = X.shape[1]
         if isinstance(self.k, Integral) and not isinstance(self.k, bool):
@@ -142,6 +183,7 @@ class SparseEstimator(BaseEstimator):
         return largest, _fits.Choices(
             self._family,
             min(shared, size),
+            outputs,
             bool(self.fit_intercept),
             bool(self.standardize),
         )
@@ -158,38 +200,44 @@ class SparseEstimator(BaseEstimator):
         return int(self.k_max)
 
     def _by_criterion(
-        self, found, largest: int, weights: np.ndarray, unit: float
+        self, found, largest: int, weights: np.ndarray, unit: float, outputs: int
     ) -> int:
         """Place on the path with the best information criterion."""
-        count = _examples(weights)
+        examples = _examples(weights)
+        gaussian = self._family is None
+        # Every response of an example counts; of the classes all but one are free.
+        count = examples * (max(outputs, 1) if gaussian else 1)
+        width = max(1, outputs if gaussian else outputs - 1)
+        masks = [x[:largest] for x in jax.tree.leaves(found.mask)]
+        scaled = found.objective[:largest] * (examples / weights.size)
         # The search has seen weights of mean one.
         short = found._replace(
-            mask=[x[:largest] for x in jax.tree.leaves(found.mask)],
+            mask=[masks[0][..., :width]] if outputs else masks,
             ks=found.ks[:largest],
             kept=jnp.asarray(found.kept[:largest]),
-            objective=jnp.asarray(found.objective[:largest] * (count / weights.size)),
+            objective=jnp.asarray(scaled),
         )
         kind: Any = self.k
         criterion = information_criterion(
             short,
             count,
             kind,
-            likelihood="gaussian" if self._family is None else "sum",
+            likelihood="gaussian" if gaussian else "sum",
+            width=width,
         )
         # A unit of the response moves all values alike.
         shift = 2 * count * np.log(unit)
         self.criterion_ = np.asarray(criterion.values, np.float64) + shift
         return int(criterion.index)
 
-    def _held_out(self, data, l2, choices, largest: int, y: np.ndarray) -> np.ndarray:
-        splitter: Any = check_cv(self.cv, y, classifier=self._family is LOGISTIC)
-        plain = np.zeros((y.size, 1))
-        folds = np.zeros((splitter.get_n_splits(plain, y), y.size))
-        for row, (_, rest) in zip(folds, splitter.split(plain, y), strict=True):
+    def _folds(self, labels: np.ndarray, wide) -> Any:
+        """Ones for the examples that each fold leaves out, shape `(f, m)`."""
+        splitter: Any = check_cv(self.cv, labels, classifier=self._family is LOGISTIC)
+        plain = np.zeros((labels.shape[0], 1))
+        folds = np.zeros((splitter.get_n_splits(plain, labels), labels.shape[0]))
+        for row, (_, rest) in zip(folds, splitter.split(plain, labels), strict=True):
             row[rest] = 1
-        left_out = jnp.asarray(folds, data[1].dtype)
-        losses = _fits.held_out(*data, left_out, l2, choices=choices)
-        return np.asarray(losses)[:, :largest]
+        return jnp.asarray(folds, wide)
 
     def _by_losses(self, losses: np.ndarray, unit: float) -> int:
         ks = jnp.arange(1, losses.shape[1] + 1)
@@ -206,15 +254,20 @@ class SparseEstimator(BaseEstimator):
             mean = np.average(part, axis=0, weights=weights)
         return _fits.spread_of(part, mean, weights)
 
-    def _refit(self, part, y, weights, start) -> tuple[np.ndarray, Any]:
-        return _fits.refit_likelihood(
+    def _refit(self, part, y, weights, start, ridge, limits) -> tuple[np.ndarray, Any]:
+        if y.ndim > 1:
+            return _refits.refit_classes(
+                part, y, weights, start, ridge, self.fit_intercept, limits
+            )
+        return _refits.refit_likelihood(
             part,
             y,
             weights,
             start,
-            2 * self.l2 * self._scale(part, weights) ** 2,
+            ridge,
             self._family or LOGISTIC,
             self.fit_intercept,
+            limits,
         )
 
     def _predictor(self, X) -> np.ndarray:
@@ -222,7 +275,7 @@ class SparseEstimator(BaseEstimator):
         x: Any = validate_data(
             self, X, reset=False, accept_sparse="csr", dtype=np.float64
         )
-        return np.asarray(x @ np.ravel(self.coef_)).ravel() + self.intercept_
+        return np.asarray(x @ self.coef_.T) + self.intercept_
 
 
 def _examples(weights: np.ndarray) -> float:

@@ -1,11 +1,12 @@
-"""The fits behind the estimators: from NumPy data to paths, and exact refits.
+"""The fits behind the estimators: from NumPy data to paths.
 
 The search runs in JAX's default precision, the refit on the support that is chosen
-in double precision with NumPy.
+in double precision with NumPy (`_refits.py`).
 
-Legend: m examples, n columns, f folds, K budgets, s columns of a support.
+Legend: m examples, n columns, t outputs, f folds, K budgets.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -16,36 +17,13 @@ from jax.experimental.sparse import BCOO
 from jaxtyping import Array, Float
 
 from sparserec._types import Scalar
-from sparserec.recovery._likelihoods import (
-    LOGISTIC,
-    POISSON,
-    Family,
-    Likelihood,
-    LikelihoodCurvature,
-)
+from sparserec.recovery._joint import JointCurvature, JointLikelihood
+from sparserec.recovery._likelihoods import Family, Likelihood, LikelihoodCurvature
 from sparserec.recovery._path import path
 from sparserec.recovery._record import Path
-from sparserec.recovery._regression import regression
+from sparserec.recovery._regression import Regression, regression
 from sparserec.recovery._resample import over_fits
 from sparserec.recovery._rows import Design
-
-_NEWTON_STEPS = 100
-_NEWTON_TOL = 1e-14  # relative decrease
-
-
-def _sigmoid(eta: np.ndarray) -> np.ndarray:
-    return np.exp(-np.logaddexp(0, -eta))
-
-
-# NumPy's own functions: JAX may be in single precision.
-_EXACT = {
-    LOGISTIC: Family(
-        lambda eta: np.logaddexp(0, eta),
-        _sigmoid,
-        lambda eta: _sigmoid(eta) * _sigmoid(-eta),
-    ),
-    POISSON: Family(np.exp, np.exp, np.exp),
-}
 
 
 class Choices(NamedTuple):
@@ -53,15 +31,23 @@ class Choices(NamedTuple):
 
     family: Family | None  # None for least squares
     k_max: int
+    outputs: int  # responses or classes that share features; 0 for a plain vector
     intercept: bool
     standardize: bool
+
+
+class Bounds(NamedTuple):
+    """Of the coefficients, in the units of the columns given, shape `(n,)`."""
+
+    lower: Float[Array, "n"]
+    upper: Float[Array, "n"]
 
 
 class Weights(NamedTuple):
     """Coefficients along a path, in the units of the data."""
 
-    coefficients: Float[Array, "K n"]
-    intercept: Float[Array, "K"]
+    coefficients: Float[Array, "K n *t"]
+    intercept: Float[Array, "K *t"]
 
 
 def as_matrix(x: Any) -> Array | BCOO:
@@ -99,9 +85,10 @@ def spread_of(x: np.ndarray, mean: np.ndarray, weights: np.ndarray) -> np.ndarra
 @functools.partial(jax.jit, static_argnames="choices")
 def fit_path(
     matrix: Array | BCOO,
-    response: Float[Array, "m"],
+    response: Float[Array, "m *t"],
     weights: Float[Array, "m"],
     l2: Scalar,
+    bounds: Bounds | None,
     choices: Choices,
 ) -> tuple[Path, Weights]:
     """The path of one data set, and its coefficients."""
@@ -112,109 +99,101 @@ def fit_path(
         intercept=choices.intercept,
         standardize=choices.standardize,
     )
+    params = {"coefficients": standard.model.center}
+    limits: dict[str, Any] = {}
+    if bounds is not None:
+        wide = jax.tree.map(lambda b: _over_outputs(b * standard.scale, params), bounds)
+        limits = dict(wide._asdict())
     if choices.family is None:
-        found = path(standard.model, standard.model.center, choices.k_max, l2=l2)
-        return found, Weights(*standard.undo(found.params))
-    params = {"coefficients": jnp.zeros_like(standard.scale)}
+        return _least_squares(standard, l2, limits, choices)
+    groups = {"coefficients": standard.groups()}
     if choices.intercept:
         params["intercept"] = jnp.zeros_like(standard.offset)
+        groups["intercept"] = np.zeros(standard.offset.shape, int)
+        nothing = jnp.full_like(standard.offset, jnp.inf)
+        signs = {"lower": -nothing, "upper": nothing}
+        limits = {
+            name: {"coefficients": limits[name], "intercept": signs[name]}
+            for name in limits
+        }
+    else:
+        limits = {name: {"coefficients": x} for name, x in limits.items()}
     design = Design(matrix, standard.mean, 1 / standard.scale, choices.intercept)
+    joint = choices.outputs > 0
     found = path(
-        Likelihood(choices.family),
+        JointLikelihood() if joint else Likelihood(choices.family),
         params,
         choices.k_max,
         args=(design, response, weights, l2),
-        curvature=LikelihoodCurvature(choices.family),
+        curvature=JointCurvature() if joint else LikelihoodCurvature(choices.family),
+        groups=groups if joint else None,
         prunable={name: name == "coefficients" for name in params},
+        **limits,
     )
-    coefficients = found.params["coefficients"] / standard.scale[None, :]
-    shift = coefficients @ standard.mean
-    intercept = found.params.get("intercept", jnp.zeros_like(shift)) - shift
-    return found, Weights(
-        coefficients, intercept if choices.intercept else jnp.zeros_like(shift)
-    )
+    centered = standard._replace(offset=jnp.zeros_like(standard.offset))
+    coefficients, shift = centered.undo(found.params["coefficients"])
+    if not choices.intercept:
+        return found, Weights(coefficients, jnp.zeros_like(shift))
+    return found, Weights(coefficients, found.params["intercept"] + shift)
+
+
+def _over_outputs(bound: Float[Array, "n"], params: dict) -> Float[Array, "n *t"]:
+    shape = params["coefficients"].shape
+    return jnp.broadcast_to(bound.reshape(-1, *(1,) * (len(shape) - 1)), shape)
+
+
+def _least_squares(
+    standard: Regression, l2: Scalar, limits: dict[str, Any], choices: Choices
+) -> tuple[Path, Weights]:
+    model, options = standard.model, dict(limits)
+    if choices.outputs:
+        rows: Any = model.curvature
+        ridge = jnp.full_like(rows.ridge, 2) * l2
+        curvature = dataclasses.replace(rows, ridge=ridge)
+        model = dataclasses.replace(model, curvature=curvature)
+        options["groups"] = standard.groups()
+    else:
+        options["l2"] = l2
+    found = path(model, model.center, choices.k_max, **options)
+    return found, Weights(*standard.undo(found.params))
 
 
 @functools.partial(jax.jit, static_argnames="choices")
 def held_out(
     matrix: Array | BCOO,
-    response: Float[Array, "m"],
+    response: Float[Array, "m *t"],
     weights: Float[Array, "m"],
     left_out: Float[Array, "f m"],
     l2: Scalar,
+    bounds: Bounds | None,
     choices: Choices,
 ) -> Float[Array, "f K"]:
     """Mean loss on each fold, given as ones, of the path that is fitted without it."""
 
     def one(fold: Float[Array, "m"]) -> Float[Array, "K"]:
-        _, found = fit_path(matrix, response, weights * (1 - fold), l2, choices)
-        predictor = (matrix @ found.coefficients.T).T + found.intercept[:, None]
-        if choices.family is None:
-            losses = jnp.square(predictor - response[None, :]) / 2
-        else:
-            losses = choices.family.cumulant(predictor) - response[None, :] * predictor
+        _, found = fit_path(matrix, response, weights * (1 - fold), l2, bounds, choices)
         share = weights * fold
-        return losses @ share / jnp.sum(share)
+
+        def loss(weights: Weights) -> Scalar:
+            eta = matrix @ weights.coefficients
+            if choices.outputs:
+                eta = eta + weights.intercept[None, :]
+            else:
+                eta = eta + weights.intercept
+            return jnp.vdot(share, _losses(choices, eta, response)) / jnp.sum(share)
+
+        return jax.lax.map(loss, found)
 
     return over_fits(one, left_out)
 
 
-def refit_least_squares(
-    part: np.ndarray,
-    response: np.ndarray,
-    weights: np.ndarray,
-    scale: np.ndarray,
-    l2: float,
-    intercept: bool,
-) -> tuple[np.ndarray, float]:
-    """Coefficients and intercept on the columns of a support, in double precision."""
-    total = weights.sum()
-    mean = weights @ part / total if intercept else np.zeros(part.shape[1])
-    offset = float(weights @ response / total) if intercept else 0.0
-    root = np.sqrt(weights)
-    rows = root[:, None] * (part - mean)
-    target = root * (response - offset)
-    if l2:
-        rows = np.vstack([rows, np.diag(np.sqrt(2 * l2) * scale)])
-        target = np.concatenate([target, np.zeros(part.shape[1])])
-    coefficients = np.linalg.lstsq(rows, target, rcond=None)[0]
-    return coefficients, offset - float(coefficients @ mean)
-
-
-def refit_likelihood(
-    part: np.ndarray,
-    response: np.ndarray,
-    weights: np.ndarray,
-    start: tuple[np.ndarray, float],
-    ridge: np.ndarray,
-    family: Family,
-    intercept: bool,
-) -> tuple[np.ndarray, float]:
-    """The same for a likelihood: Newton steps, each halved until the loss falls."""
-    exact: Any = _EXACT[family]
-    ones = np.ones((part.shape[0], 1 if intercept else 0))
-    rows = np.hstack([part, ones])
-    ridge = np.concatenate([ridge, np.zeros(ones.shape[1])])
-    point = np.concatenate([start[0], np.full(ones.shape[1], start[1])])
-
-    def value(point: np.ndarray) -> float:
-        eta = rows @ point
-        terms = exact.cumulant(eta) - response * eta
-        return float(weights @ terms + ridge @ point**2 / 2)
-
-    best = value(point)
-    for _ in range(_NEWTON_STEPS):
-        eta = rows @ point
-        residual = weights * (exact.mean(eta) - response)
-        gradient = residual @ rows + ridge * point
-        bend = weights * exact.variance(eta)
-        matrix = (rows * bend[:, None]).T @ rows + np.diag(ridge)
-        step = np.linalg.lstsq(matrix, gradient, rcond=None)[0]
-        length = 1.0
-        while value(point - length * step) > best and length > 1e-8:
-            length /= 2
-        point = point - length * step
-        before, best = best, min(best, value(point))
-        if before - best <= _NEWTON_TOL * max(abs(before), 1e-300):
-            break
-    return point[: part.shape[1]], float(point[-1]) if intercept else 0.0
+def _losses(
+    choices: Choices, eta: Float[Array, "m *t"], response: Float[Array, "m *t"]
+) -> Float[Array, "m"]:
+    """Loss of every example; the same as the paths minimise."""
+    if choices.family is None:
+        squares = jnp.square(eta - response) / 2
+        return jnp.sum(squares, axis=1) if choices.outputs else squares
+    if choices.outputs:
+        return jax.nn.logsumexp(eta, axis=1) - jnp.sum(response * eta, axis=1)
+    return choices.family.cumulant(eta) - response * eta

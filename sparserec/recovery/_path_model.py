@@ -77,7 +77,8 @@ def model_path(
 
     start = _start(problem, slots, k_max)
     end = jax.lax.while_loop(lambda state: state.going, stretch, start)
-    return as_path(end.records, end.moves, model.center, budget)
+    records = end.records._replace(value=model.sound(end.records.value))
+    return as_path(records, end.moves, model.center, budget)
 
 
 def _start(problem: Problem, slots: int, k_max: int) -> _Sweep:

@@ -24,11 +24,11 @@ class Path(NamedTuple):
       params: pytree like the params, leaves of shape `(K, ...)`.
       mask: booleans shaped like `params`; `True` where a weight is kept. Leaves that
         are not prunable are all `True`.
-      kept: prunable weights kept, at most k, int32, shape `(K,)`.
+      kept: prunable weights (or groups) kept, at most k, int32, shape `(K,)`.
       objective: loss with its penalty at each k, shape `(K,)`; never rises in k.
       gain: by how much the best exchange of one weight would still lower the
         objective (of the local model), shape `(K,)`; negative where every one
-        raises it.
+        raises it, and NaN where groups or bounds are given.
       status: `Status` codes, int32, shape `(K,)`.
       moves: additions, removals and exchanges made in all, int32, shape `()`.
     """
@@ -94,19 +94,18 @@ def improve(
     return new, found.value > old + slack
 
 
-def _monotone(records: Records) -> Records:
-    """A smaller support in place of a larger one that is not better."""
-    lowest = jax.lax.cummin(records.value)
-    place = jnp.arange(records.value.shape[0], dtype=jnp.int32)
+def monotone(value: Float[Array, "K"]) -> Int[Array, "K"]:
+    """For every k, the place of the smallest support that is not worse."""
+    lowest = jax.lax.cummin(value)
+    place = jnp.arange(value.shape[0], dtype=jnp.int32)
     earlier = jnp.concatenate([jnp.full(1, jnp.inf, lowest.dtype), lowest[:-1]])
-    own = jnp.where(records.value < earlier, place, 0)
-    best = jax.lax.cummax(own)
-    return jax.tree.map(lambda x: x[best], records)
+    return jax.lax.cummax(jnp.where(value < earlier, place, 0))
 
 
 def as_path(records: Records, moves: Count, like: Params, budget: Budget) -> Path:
     """The records as params and masks, with objectives that do not rise in k."""
-    records = _monotone(records)
+    best = monotone(records.value)
+    records = jax.tree.map(lambda x: x[best], records)
     rows = jnp.arange(records.value.shape[0])[:, None]
     shape = (records.value.shape[0], _tree.size(like))
     flat = jnp.zeros(shape, records.values.dtype)

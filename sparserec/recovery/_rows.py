@@ -123,6 +123,13 @@ class WeightedRows:
         slots = jnp.arange(index.shape[0])
         return found.at[slots, index].add(self.ridge[index]).T
 
+    def block(self, index: Int[Array, "s"]) -> Float[Array, "s s"]:
+        """$H$ between the entries of `index`, shape `(s, s)`."""
+        rows = self.design.rows_of(index)
+        inner = matmul(rows * self.weights[None, :], rows.T)
+        same = index[:, None] == index[None, :]
+        return inner + same.astype(inner.dtype) * self.ridge[index][None, :]
+
     def solve_on(self, mask: Mask, rhs: Params, damping: Scalar) -> LinearSolve:
         """Conjugate gradients on the support, zero off it."""
         return _linsolve.conjugate_gradients(

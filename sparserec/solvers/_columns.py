@@ -40,6 +40,8 @@ class Problem(NamedTuple):
         never pruned.
       capacity: weights that each group may keep, int32, shape `(g,)`.
       constant: value at zero, shape `()`.
+      lower: least values, shape `(n,)`; `None` for no bounds.
+      upper: largest values, shape `(n,)`; `None` for no bounds.
     """
 
     curvature: Curvature
@@ -51,6 +53,8 @@ class Problem(NamedTuple):
     group: Int[Array, "n"]
     capacity: Int[Array, "g"]
     constant: Scalar
+    lower: Float[Array, "n"] | None = None
+    upper: Float[Array, "n"] | None = None
 
 
 def make_problem(
@@ -192,7 +196,9 @@ def block(problem: Problem, index: Int[Array, "s"]) -> Float[Array, "s s"]:
 
 
 def stored_block(curvature: Any, index: Int[Array, "s"]) -> Float[Array, "s s"]:
-    """$H$ between the entries of `index`, of a curvature with `columns`."""
+    """$H$ between the entries of `index`, of a curvature with `columns` or `block`."""
+    if hasattr(curvature, "block"):
+        return curvature.block(index)
     if isinstance(curvature, LowRank) and curvature.gram is None:
         rows = curvature.rows[:, index]
         # Off the diagonal only where an index appears twice.
@@ -227,4 +233,6 @@ def restricted(problem: Problem, index: Int[Array, "a"]) -> Problem:
         diagonal=jnp.diagonal(matrix),
         ridge=jnp.zeros_like(problem.ridge),
         group=problem.group[index],
+        lower=None if problem.lower is None else problem.lower[index],
+        upper=None if problem.upper is None else problem.upper[index],
     )

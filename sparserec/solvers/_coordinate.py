@@ -2,7 +2,8 @@ r"""Coordinate descent on a block of a sparse quadratic problem.
 
 $$F(w) = \tfrac12 w^\top H w - b^\top w + \lambda_0\|w\|_0 + \lambda_1\|w\|_1$$
 
-Every visit sets one entry to its exact minimiser: with $u = b_j - \sum_{i\ne j}
+Within bounds, where there are any. Every visit sets one entry to its exact minimiser,
+moved into its bounds: with $u = b_j - \sum_{i\ne j}
 H_{ji} w_i$ that is $\operatorname{soft}(u, \lambda_1)/H_{jj}$ where the gain
 $(|u| - \lambda_1)_+^2 / (2 H_{jj})$ exceeds $\lambda_0$, and zero elsewhere. Where the
 budget is used up, an entry may only take the place of the member whose loss it makes
@@ -56,13 +57,24 @@ def soft(u: Array, threshold: Array | Scalar) -> Array:
     return jnp.sign(u) * jnp.maximum(jnp.abs(u) - threshold, 0)
 
 
+def _best_value(
+    problem: Problem, pull: Array, bend: Array, weight: Array | Scalar
+) -> tuple[Array, Array]:
+    """The best value of every entry alone within its bounds, and its gain over zero."""
+    best = soft(pull, weight) / bend
+    if problem.lower is None:
+        return best, jnp.square(best) * bend / 2
+    value = jnp.clip(best, problem.lower, problem.upper)
+    return value, bend * value * (best - value / 2)
+
+
 def _targets(problem: Problem, point: Coordinates, l1: Scalar) -> tuple[Array, Array]:
     """The minimiser of every entry on its own, and its gain over zero."""
     bend = jnp.where(problem.diagonal > 0, problem.diagonal, 1)
     pull = point.slope + problem.diagonal * point.values
     weight = jnp.where(problem.group < 0, 0, l1)
-    target = jnp.where(problem.diagonal > 0, soft(pull, weight) / bend, 0)
-    return target, jnp.square(target) * bend / 2
+    pull = jnp.where(problem.diagonal > 0, pull, 0)
+    return _best_value(problem, pull, bend, weight)
 
 
 def _room(problem: Problem, values: Float[Array, "a"]) -> Int[Array, "g"]:
@@ -78,7 +90,7 @@ def _drops(problem: Problem, point: Coordinates, l1: Scalar) -> tuple[Array, Arr
     price = jnp.where(fixed, 0, problem.penalty)
     alive = point.values != 0
     left = _room(problem, point.values)[jnp.maximum(problem.group, 0)] > 0
-    new = jnp.where((gain > price) & (alive | left | fixed), target, 0)
+    new = jnp.where(fixed | ((gain > price) & (alive | left)), target, 0)
     pull = point.slope + problem.diagonal * point.values
     weight = jnp.where(fixed, 0, l1)
 
@@ -96,8 +108,12 @@ def _exchange(
     matrix = _matrix(problem)
     bend = jnp.where(problem.diagonal[entry] > 0, problem.diagonal[entry], 1)
     pull = point.slope[entry] + matrix[entry] * point.values
-    target = soft(pull, l1) / bend
-    gain = jnp.square(target) * bend / 2
+    bounds = problem
+    if problem.lower is not None and problem.upper is not None:
+        bounds = problem._replace(
+            lower=problem.lower[entry], upper=problem.upper[entry]
+        )
+    target, gain = _best_value(bounds, pull, bend, l1)
     w = point.values
     cost = point.slope * w + problem.diagonal * jnp.square(w) / 2 - l1 * jnp.abs(w)
     allowed = (w != 0) & (problem.group == problem.group[entry])
@@ -269,7 +285,7 @@ def coordinate_descent(
     scale = jnp.where(problem.diagonal > 0, problem.diagonal, 1)
 
     def waiting(values: Array, slope: Array) -> Array:
-        gain = jnp.square(soft(slope, l1)) / scale / 2
+        _, gain = _best_value(problem, slope, scale, l1)
         return jnp.where((values != 0) | (problem.diagonal <= 0), 0, gain)
 
     def body(state: _Active) -> _Active:

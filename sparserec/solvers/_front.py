@@ -61,7 +61,7 @@ def solve(
     objective = make_objective(loss_fn, curvature, batch_size)
     working = _tree.to_working_precision(params)
     if isinstance(loss_fn, QuadraticModel):
-        working = _cast_to_center(working, loss_fn)
+        working = cast_to_center(working, loss_fn)
     curvature_type = check_loss(objective, working, first, needs)
     solution = run(
         make_solver(objective, issubclass(curvature_type, MatrixFree)),
@@ -77,7 +77,7 @@ def solve(
     return solution._replace(params=_tree.cast_like(solution.params, params))
 
 
-def _cast_to_center(params: Params, model: QuadraticModel) -> Params:
+def cast_to_center(params: Params, model: QuadraticModel) -> Params:
     """Params in the dtypes of the model; those of another layout are refused later."""
     if _tree.layout(params) != _tree.layout(model.center):
         return params

@@ -111,7 +111,7 @@ def init(
         # A zero that is kept would have to be paid for.
         priced = (weights.penalty > 0) | (weights.l1 > 0)
         own = _tree.flatten(mask) & (own | ~priced)
-    mask = _mask_of(own, params, budget)
+    mask = mask_of(own, params, budget)
     projection = _tree.keep(mask, params)
     loss = _value(objective, projection, args)
     value = loss + penalties(projection, budget, weights)
@@ -166,16 +166,16 @@ def _solve_model(
         flat, done = coordinate_descent(
             problem, flat, weights.l1, order=options.order, slots=options.slots
         )
-        mask = _mask_of(flat != 0, state.params, budget)
+        mask = mask_of(flat != 0, state.params, budget)
         value = None
     else:
         found, done, ended = _best_support(problem, options, weights, flat, budget)
         if not options.whole:
             failure = jnp.where(ended, failure, jnp.int32(Status.MAX_STEPS))
-        mask = _mask_of(found.inside, state.params, budget)
+        mask = mask_of(found.inside, state.params, budget)
         values = jnp.where(found.filled, found.values, 0)
         flat = jnp.zeros_like(flat).at[found.index].add(values)
-        value = refitted_value(problem, found)
+        value = model.sound(refitted_value(problem, found))
     params = _tree.cast_like(_tree.layout(state.params).split(flat), state.params)
     if value is None:
         value = model(params) + penalties(params, budget, weights)
@@ -191,7 +191,7 @@ def _solve_model(
     )
 
 
-def _mask_of(inside: Bool[Array, "n"], like: Params, budget: Budget) -> Mask:
+def mask_of(inside: Bool[Array, "n"], like: Params, budget: Budget) -> Mask:
     """A flat support as a mask; leaves that are never pruned are all `True`."""
     leaves, structure = jax.tree.flatten(_tree.layout(like).split(inside))
     whole = [
@@ -252,7 +252,7 @@ def _improve_loss(
     index: Int[Array, ""],
 ) -> State:
     """Refits the support, and takes a new one if it is better after its refit."""
-    fixed = _starts_fixed(state, budget)
+    fixed = fixed_entries(state.mask, budget)
     mask = _tree.flatten(state.mask) & (_tree.flatten(state.params) != 0)
     own = slots_of(mask | fixed, options.slots)
     refitted_on = functools.partial(refit, objective, weights, budget, args)
@@ -286,8 +286,9 @@ def _improve_loss(
     return _next_state(state, chosen, model, budget, fixed)
 
 
-def _starts_fixed(state: State, budget: Budget) -> Bool[Array, "n"]:
-    leaves, structure = jax.tree.flatten(state.mask)
+def fixed_entries(mask: Mask, budget: Budget) -> Bool[Array, "n"]:
+    """The entries that are never pruned, as a flat mask."""
+    leaves, structure = jax.tree.flatten(mask)
     flags = [
         jnp.full(x.shape, g < 0) for x, g in zip(leaves, budget.groups, strict=True)
     ]
@@ -303,7 +304,7 @@ def _next_state(
 ) -> State:
     inside = jnp.zeros(fixed.shape, bool)
     inside = inside.at[chosen.slots.index].max(chosen.slots.filled) | fixed
-    mask = _mask_of(inside, state.params, budget)
+    mask = mask_of(inside, state.params, budget)
     change = _tree.norm(_tree.sub(chosen.params, state.params))
     gradient_norm = jnp.maximum(state.memory, _tree.norm(model.gradient))
     live = _tree.norm(_tree.keep(mask, model.gradient))

@@ -20,9 +20,11 @@ from sparserec._types import LossFn, Params, Prunable, Scalar
 from sparserec.budget import Budget
 from sparserec.quadratic import Objective, QuadraticModel
 from sparserec.quadratic._model import mean_curvature
-from sparserec.solvers import _front, _states
+from sparserec.solvers import _box, _front, _states
+from sparserec.solvers._box import Box
 from sparserec.solvers._columns import flat_diagonal, rounded
-from sparserec.solvers._refit import Fit, Scales, by_products, refit
+from sparserec.solvers._refit import Fit, Scales, by_products
+from sparserec.solvers._refit_within import refit_within
 from sparserec.solvers._selection import (
     Selection,
     known_counts,
@@ -32,6 +34,9 @@ from sparserec.solvers._selection import (
 
 UnitCount = int | Array | Mapping[str, int | Array]
 """Units to keep: in all, or by leaf path."""
+
+Bound = Params | float | None
+"""Least or largest values: one for all weights, or shaped like the params."""
 
 
 @jax.tree_util.register_static
@@ -63,7 +68,10 @@ def solve(
     k: UnitCount,
     *,
     groups: Params | None,
+    max_kept: int | None,
     damping: Scalar | float,
+    lower: Bound,
+    upper: Bound,
     prunable: Prunable,
     max_steps: Any,
     passes: int | None = None,
@@ -72,13 +80,15 @@ def solve(
 ) -> Solution:
     """The way from the user's call to a `Solution` that the family shares.
 
-    `choices` are those of `Options`. Shapes follow from k where it is known: places
+    `choices` are those of `Options`. Shapes follow from k, or from `max_kept`: places
     for the members of a support, and for the solvers that pass over the units one
     by one, `passes` times at most, the steps.
     """
     selection, budget = make_selection(k, params, prunable, groups)
     _front.check_weight("damping", damping)
     counts = known_counts(k, params, budget)
+    if max_kept is not None:
+        budget, counts = _limited(budget, counts, max_kept)
     times = 1 + choices.get("merge", 0)
     merged = None if counts is None else [times * count for count in counts]
     slots = rounded(most_entries(selection, budget, merged), selection.layout.size)
@@ -87,9 +97,10 @@ def solve(
         max_steps = passes * rounded(units + 1, sum(budget.sizes) + 1)
     options = Options(slots, **choices)
     wide = _tree.dtype(_tree.to_working_precision(params))
+    box = _box.make_box(lower, upper, params, prunable)
     return _front.solve(
         lambda objective, _: make_solver(
-            objective, selection, options, damping=jnp.asarray(damping, wide)
+            objective, selection, options, damping=jnp.asarray(damping, wide), box=box
         ),
         loss_fn,
         params,
@@ -98,6 +109,21 @@ def solve(
         max_steps=max_steps,
         **common,
     )
+
+
+def _limited(
+    budget: Budget, counts: list[int] | None, max_kept: int
+) -> tuple[Budget, list[int]]:
+    """The budget of a sweep, and the units that its shapes are made for."""
+    _front.check_positive_int("max_kept", max_kept)
+    if counts is not None and sum(counts) > max_kept:
+        raise ValueError(
+            f"`max_kept={max_kept}` is below the number to keep, {sum(counts)}."
+        )
+    # More than there are places for must not be lost on the way.
+    largest = jnp.minimum(budget.counts, jnp.int32(max_kept))
+    limits = [min(max_kept, size) for size in budget.sizes]
+    return dataclasses.replace(budget, counts=largest), limits
 
 
 def check_exchange(exchange: Any) -> None:
@@ -132,14 +158,16 @@ class View(NamedTuple):
     Attributes:
       model: local model there.
       diagonal: $d$, positive, shaped like the params.
-      gain: $\sum_j g_j^2/d_j$ of every unit, shape `(u,)`.
-      loss: $\sum_j d_j w_j^2$ of every unit, shape `(u,)`.
+      gain: $\sum_j g_j^2/d_j$ of every unit, shape `(u,)`; less within bounds.
+      loss: $\sum_j d_j w_j^2$ of every unit, shape `(u,)`; more at a bound.
+      box: bounds of the weights; `None` for none.
     """
 
     model: QuadraticModel
     diagonal: Params
     gain: Float[Array, "u"]
     loss: Float[Array, "u"]
+    box: Box | None
 
 
 def _positive_diagonal(model: QuadraticModel) -> tuple[Float[Array, "n"], Scalar]:
@@ -159,6 +187,7 @@ def begin(
     selection: Selection,
     options: Options,
     damping: Scalar,
+    box: Box | None,
     params: Params,
     budget: Budget,
     args: tuple,
@@ -168,6 +197,7 @@ def begin(
     Returns:
       The state, and the projection of the start as the point to fall back to.
     """
+    params = _box.clip(box, params)
     sizes = selection.sums(jax.tree.map(jnp.square, params))
     top = selection.top(sizes, budget.counts)
     largest = selection.mask(top)
@@ -187,7 +217,7 @@ def begin(
         * jnp.finfo(value.dtype).eps
         * jnp.maximum(jnp.abs(value), jnp.abs(model.value)),
     )
-    fit = refit(objective, mask, params, args, scales, options.slots)
+    fit = refit_within(objective, mask, params, args, scales, options.slots, box)
     memory = Memory(
         chosen, diagonal, scales._replace(gradient=fit.gradient), jnp.int32(0)
     )
@@ -196,7 +226,11 @@ def begin(
 
 
 def look(
-    objective: Objective, selection: Selection, state: State, args: tuple
+    objective: Objective,
+    selection: Selection,
+    box: Box | None,
+    state: State,
+    args: tuple,
 ) -> tuple[View, Memory]:
     """The view from the iterate, and the memory with its diagonal and scales."""
     model = objective.model(state.params, args)
@@ -208,9 +242,16 @@ def look(
         )
     wide = _tree.layout(state.params).split(memory.diagonal)
     shaped = _tree.cast_like(wide, state.params)
-    gain = jax.tree.map(lambda g, d: jnp.square(g) / d, model.gradient, shaped)
-    loss = jax.tree.map(lambda w, d: jnp.square(w) * d, state.params, shaped)
-    view = View(model, shaped, selection.sums(gain), selection.sums(loss))
+    if box is None:
+        gain = jax.tree.map(lambda g, d: jnp.square(g) / d, model.gradient, shaped)
+        loss = jax.tree.map(lambda w, d: jnp.square(w) * d, state.params, shaped)
+    else:
+        # Outside the weights are zero, and members at a bound have a gradient.
+        point = jax.tree.map(
+            lambda w, g, d: w - g / d, state.params, model.gradient, shaped
+        )
+        gain = loss = _box.worth(box, point, shaped)
+    view = View(model, shaped, selection.sums(gain), selection.sums(loss), box)
     return view, memory
 
 

@@ -15,9 +15,10 @@ from sparserec._run import Solver, State
 from sparserec._types import Count, Scalar
 from sparserec.budget import Budget
 from sparserec.quadratic import Objective, make_objective
-from sparserec.solvers import _pursuit_common
+from sparserec.solvers import _box, _pursuit_common
+from sparserec.solvers._box import Box
 from sparserec.solvers._pursuit_common import Memory, Options, View
-from sparserec.solvers._refit import refit
+from sparserec.solvers._refit_within import refit_within
 from sparserec.solvers._selection import Selection
 
 MOST_REFUSED = 10
@@ -38,12 +39,13 @@ def by_threshold(
     del objective, options, extra, args
     wide = memory.diagonal.dtype
     length = jnp.exp2(-memory.refused.astype(wide))
-    scores = jax.tree.map(
-        lambda w, g, d: d * jnp.square(w - length.astype(w.dtype) * g / d),
+    point = jax.tree.map(
+        lambda w, g, d: w - length.astype(w.dtype) * g / d,
         view.model.center,
         view.model.gradient,
         view.diagonal,
     )
+    scores = _box.worth(view.box, point, view.diagonal)
     return selection.top(selection.sums(scores), budget.counts)
 
 
@@ -68,13 +70,14 @@ def by_merging(
     merged = memory.chosen | selection.top(outside, number)
     if options.local:
         objective, args = make_objective(view.model), ()
-    fit = refit(
+    fit = refit_within(
         objective,
         selection.mask(merged),
         view.model.center,
         args,
         memory.scales,
         options.slots,
+        view.box,
     )
     sizes = jax.tree.map(lambda w, d: d * jnp.square(w), fit.params, view.diagonal)
     return selection.top(selection.sums(sizes), budget.counts)
@@ -107,22 +110,24 @@ def _step(
     selection: Selection,
     options: Options,
     extra: Count,
+    box: Box | None,
     state: State,
     budget: Budget,
     args: tuple,
     index: Int[Array, ""],
 ) -> State:
-    view, memory = _pursuit_common.look(objective, selection, state, args)
+    view, memory = _pursuit_common.look(objective, selection, box, state, args)
     chosen = options.propose(
         objective, selection, options, extra, view, memory, budget, args
     )
-    fit = refit(
+    fit = refit_within(
         objective,
         selection.mask(chosen),
         state.params,
         args,
         memory.scales,
         options.slots,
+        box,
     )
     same = jnp.all(chosen == memory.chosen)
     full = jnp.all(selection.count(memory.chosen, budget) >= budget.counts)
@@ -147,6 +152,7 @@ def exchange_solver(
     *,
     damping: Scalar,
     extra: Count | int = 0,
+    box: Box | None = None,
 ) -> Solver:
     """A member of the family as a `Solver`, for use with `run`.
 
@@ -157,11 +163,14 @@ def exchange_solver(
         `by_splicing`.
       damping: smallest damping of a solve, relative to the mean curvature.
       extra: largest exchange of splicing.
+      box: bounds of the weights; `None` for none.
 
     Returns:
       The pair of init and step.
     """
     return Solver(
-        init=Partial(_pursuit_common.begin, objective, selection, options, damping),
-        step=Partial(_step, objective, selection, options, jnp.asarray(extra)),
+        init=Partial(
+            _pursuit_common.begin, objective, selection, options, damping, box
+        ),
+        step=Partial(_step, objective, selection, options, jnp.asarray(extra), box),
     )

@@ -18,8 +18,9 @@ from sparserec._types import Params, Scalar
 from sparserec.budget import Budget
 from sparserec.quadratic import Objective
 from sparserec.solvers import _pursuit_common
+from sparserec.solvers._box import Box
 from sparserec.solvers._pursuit_common import Memory, Options, View
-from sparserec.solvers._refit import refit
+from sparserec.solvers._refit_within import refit_within
 from sparserec.solvers._selection import Selection
 
 _REFITTED = 1e-3
@@ -62,12 +63,13 @@ def _begin_exact(
     selection: Selection,
     options: Options,
     damping: Scalar,
+    box: Box | None,
     params: Params,
     budget: Budget,
     args: tuple,
 ) -> tuple[State, Incumbent]:
     state, incumbent = _pursuit_common.begin(
-        objective, selection, options, damping, params, budget, args
+        objective, selection, options, damping, box, params, budget, args
     )
     curvature: Any = objective.model(params, args).curvature
     diagonal = state.memory.diagonal
@@ -106,13 +108,14 @@ def _omp_step(
     objective: Objective,
     selection: Selection,
     options: Options,
+    box: Box | None,
     state: State,
     budget: Budget,
     args: tuple,
     index: Int[Array, ""],
 ) -> State:
     del index
-    view, memory = _pursuit_common.look(objective, selection, state, args)
+    view, memory = _pursuit_common.look(objective, selection, box, state, args)
     gain = view.gain
     if options.exact:
         diagonal = memory.extra.diagonal
@@ -125,13 +128,14 @@ def _omp_step(
         curvature: Any = view.model.curvature
         left = _absorb(curvature, memory.extra, best, real=found)
         memory = memory._replace(extra=left)
-    fit = refit(
+    fit = refit_within(
         objective,
         selection.mask(chosen),
         state.params,
         args,
         memory.scales,
         options.slots,
+        box,
     )
     return _pursuit_common.conclude(
         state,
@@ -144,7 +148,12 @@ def _omp_step(
 
 
 def omp_solver(
-    objective: Objective, selection: Selection, options: Options, *, damping: Scalar
+    objective: Objective,
+    selection: Selection,
+    options: Options,
+    *,
+    damping: Scalar,
+    box: Box | None = None,
 ) -> Solver:
     """Orthogonal matching pursuit as a `Solver`, for use with `run`.
 
@@ -153,14 +162,15 @@ def omp_solver(
       selection: the units.
       options: static choices.
       damping: smallest damping of a solve, relative to the mean curvature.
+      box: bounds of the weights; `None` for none.
 
     Returns:
       The pair of init and step.
     """
     begin = _begin_exact if options.exact else _pursuit_common.begin
     return Solver(
-        init=Partial(begin, objective, selection, options, damping),
-        step=Partial(_omp_step, objective, selection, options),
+        init=Partial(begin, objective, selection, options, damping, box),
+        step=Partial(_omp_step, objective, selection, options, box),
     )
 
 
@@ -169,12 +179,13 @@ def _begin_foba(
     selection: Selection,
     options: Options,
     damping: Scalar,
+    box: Box | None,
     params: Params,
     budget: Budget,
     args: tuple,
 ) -> tuple[State, Incumbent]:
     state, incumbent = _pursuit_common.begin(
-        objective, selection, options, damping, params, budget, args
+        objective, selection, options, damping, box, params, budget, args
     )
     gains = jnp.zeros(selection.units.size + 1, state.objective.dtype)
     return state._replace(memory=state.memory._replace(extra=gains)), incumbent
@@ -185,13 +196,14 @@ def _foba_step(
     selection: Selection,
     options: Options,
     share: Scalar,
+    box: Box | None,
     state: State,
     budget: Budget,
     args: tuple,
     index: Int[Array, ""],
 ) -> State:
     del index
-    view, memory = _pursuit_common.look(objective, selection, state, args)
+    view, memory = _pursuit_common.look(objective, selection, box, state, args)
     gains = memory.extra
     size = jnp.sum(selection.count(memory.chosen, budget))
     worst, cost = _cheapest(objective, selection, view, memory, state, args)
@@ -202,13 +214,14 @@ def _foba_step(
     forward = found & ~backward
     chosen = memory.chosen.at[best].max(forward)
     chosen = chosen.at[worst].min(~backward)
-    fit = refit(
+    fit = refit_within(
         objective,
         selection.mask(chosen),
         state.params,
         args,
         memory.scales,
         options.slots,
+        box,
     )
     gained = jnp.where(forward, state.objective - fit.value, gains[size + 1])
     gains = gains.at[size + 1].set(gained, mode="drop")
@@ -247,6 +260,7 @@ def foba_solver(
     *,
     damping: Scalar,
     share: Scalar,
+    box: Box | None = None,
 ) -> Solver:
     """Forward-backward selection as a `Solver`, for use with `run`.
 
@@ -256,11 +270,12 @@ def foba_solver(
       options: static choices.
       damping: smallest damping of a solve, relative to the mean curvature.
       share: of the last gain, below which a unit is taken out again.
+      box: bounds of the weights; `None` for none.
 
     Returns:
       The pair of init and step.
     """
     return Solver(
-        init=Partial(_begin_foba, objective, selection, options, damping),
-        step=Partial(_foba_step, objective, selection, options, share),
+        init=Partial(_begin_foba, objective, selection, options, damping, box),
+        step=Partial(_foba_step, objective, selection, options, share, box),
     )

@@ -76,7 +76,8 @@ def solve_on(
     the curvature itself.
     """
     size = _tree.size(rhs)
-    if slots >= size or not isinstance(curvature, Dense | LowRank):
+    stored = isinstance(curvature, Dense | LowRank) or hasattr(curvature, "block")
+    if slots >= size or not stored:
         return curvature.solve_on(mask, rhs, damping)
     index, filled = slots_of(_tree.flatten(mask), slots)
     inner = _linsolve.restrict(stored_block(curvature, index), filled, damping)

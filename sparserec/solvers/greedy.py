@@ -13,7 +13,7 @@ from sparserec._types import LossFn, Params, Prunable, Scalar
 from sparserec.budget import matrices
 from sparserec.quadratic import CurvatureFn, QuadraticModel, hessian
 from sparserec.solvers import _front, _pursuit_common
-from sparserec.solvers._pursuit_common import UnitCount
+from sparserec.solvers._pursuit_common import Bound, UnitCount
 from sparserec.solvers._pursuit_forward import foba_solver, omp_solver
 
 
@@ -27,6 +27,9 @@ def omp(
     curvature: CurvatureFn = hessian,
     damping: Scalar | float = 0.0,
     groups: Params | None = None,
+    max_kept: int | None = None,
+    lower: Bound = None,
+    upper: Bound = None,
     prunable: Prunable = matrices,
     batch_size: int | None = None,
     tol: Scalar | float = 1e-6,
@@ -46,15 +49,18 @@ def omp(
         correlation with a column of unit length. `"gain"`: the same with what the
         support leaves, $d_j = H_{jj} - H_{jS} H_{SS}^{-1} H_{Sj}$, which is the exact
         gain, refit included (orthogonal least squares); on quadratic models with
-        columns and without groups, elsewhere as `"correlation"`.
+        columns, without groups and bounds, elsewhere as `"correlation"`.
       curvature: builds the local model, as in `htp`.
       damping: least damping of the solves, as in `htp`.
       groups: labels of weights that come and go together, as in `htp`.
+      max_kept: largest k of a sweep, as in `htp`. Static.
+      lower: least values of the weights, as in `htp`.
+      upper: largest values, as in `htp`.
       prunable: which leaves may be pruned; see `sparserec.matrices`.
       batch_size: examples visited at a time, as in `htp`. Static.
       tol: relative change at which to stop, as in `htp`.
-      max_steps: largest number of steps; static. `None` for what a concrete k asks for,
-        or as many as there are units where k is traced; too few leave fewer than k.
+      max_steps: largest number of steps; static. `None` for what a concrete k or
+        `max_kept` asks for, else as many as there are units; too few leave fewer.
 
     Returns:
       As `htp`.
@@ -70,6 +76,7 @@ def omp(
     stored = isinstance(loss_fn, QuadraticModel) and hasattr(
         loss_fn.curvature, "columns"
     )
+    plain = groups is None and lower is None and upper is None
     return _pursuit_common.solve(
         omp_solver,
         loss_fn,
@@ -79,6 +86,9 @@ def omp(
         curvature=curvature,
         damping=damping,
         groups=groups,
+        max_kept=max_kept,
+        lower=lower,
+        upper=upper,
         prunable=prunable,
         batch_size=batch_size,
         tol=tol,
@@ -86,7 +96,7 @@ def omp(
         passes=1,
         choices={
             "warm": False,
-            "exact": rule == "gain" and stored and groups is None,
+            "exact": rule == "gain" and plain and stored,
         },
     )
 
@@ -101,6 +111,9 @@ def foba(
     curvature: CurvatureFn = hessian,
     damping: Scalar | float = 0.0,
     groups: Params | None = None,
+    max_kept: int | None = None,
+    lower: Bound = None,
+    upper: Bound = None,
     prunable: Prunable = matrices,
     batch_size: int | None = None,
     tol: Scalar | float = 1e-6,
@@ -122,11 +135,14 @@ def foba(
       curvature: builds the local model, as in `htp`.
       damping: least damping of the solves, as in `htp`.
       groups: labels of weights that come and go together, as in `htp`.
+      max_kept: largest k of a sweep, as in `htp`. Static.
+      lower: least values of the weights, as in `htp`.
+      upper: largest values, as in `htp`.
       prunable: which leaves may be pruned; see `sparserec.matrices`.
       batch_size: examples visited at a time, as in `htp`. Static.
       tol: relative change at which to stop, as in `htp`.
-      max_steps: largest number of steps; static. `None` for what a concrete k asks for,
-        or as many as there are units where k is traced; too few leave fewer than k.
+      max_steps: largest number of steps; static. `None` for what a concrete k or
+        `max_kept` asks for, else as many as there are units; too few leave fewer.
 
     Returns:
       As `htp`.
@@ -147,6 +163,9 @@ def foba(
         curvature=curvature,
         damping=damping,
         groups=groups,
+        max_kept=max_kept,
+        lower=lower,
+        upper=upper,
         prunable=prunable,
         batch_size=batch_size,
         tol=tol,

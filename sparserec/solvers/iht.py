@@ -11,10 +11,11 @@ from sparserec import _tree, select
 from sparserec._linsolve import while_loop
 from sparserec._run import Incumbent, Solver, State
 from sparserec._solution import Solution
-from sparserec._types import LossFn, Params, Prunable, Scalar
+from sparserec._types import LossFn, Mask, Params, Prunable, Scalar
 from sparserec.budget import Budget, matrices
 from sparserec.quadratic import Objective, QuadraticModel
-from sparserec.solvers import _front, _states
+from sparserec.solvers import _box, _front, _states
+from sparserec.solvers._box import Box
 
 _LARGEST_SHRINKAGE = 60
 """Halvings of one step before it is given up: 2^-60 is beyond float64 rounding."""
@@ -38,11 +39,21 @@ def _norm_squared(a: Params) -> Scalar:
     return _tree.dot(a, a)
 
 
+def _project(box: Box | None, point: Params, budget: Budget) -> tuple[Params, Mask]:
+    """The nearest point within budget and bounds, and its support."""
+    sizes = _box.magnitudes(box, point)
+    mask = select.support(sizes, budget.counts, budget.groups)
+    return _tree.keep(mask, _box.clip(box, point)), mask
+
+
 def _init(
-    objective: Objective, params: Params, budget: Budget, args: tuple
+    objective: Objective,
+    box: Box | None,
+    params: Params,
+    budget: Budget,
+    args: tuple,
 ) -> tuple[State, Incumbent]:
-    mask = select.support(params, budget.counts, budget.groups)
-    projection = _tree.keep(mask, params)
+    projection, mask = _project(box, params, budget)
     value = objective.value(projection, args)
     minus = -jnp.ones((), value.dtype)
     memory = _Memory(step_size=minus, gradient_norm=minus)
@@ -53,6 +64,7 @@ def _init(
 def _step(
     objective: Objective,
     step_size: Scalar | None,
+    box: Box | None,
     state: State,
     budget: Budget,
     args: tuple,
@@ -62,20 +74,20 @@ def _step(
     model = objective.model(state.params, args)
     gradient = model.gradient
 
-    def project(length: Scalar) -> tuple[Params, Params]:
+    def project(length: Scalar) -> tuple[Params, Mask]:
         point = _tree.add_scaled(state.params, -length, gradient)
-        mask = select.support(point, budget.counts, budget.groups)
-        return _tree.keep(mask, point), mask
+        return _project(box, point, budget)
 
     if step_size is None:
-        length = _exact_step(model, state, budget)
+        length = _exact_step(model, state, budget, box)
         trial = _shrink_until_majorised(objective, model, args, project, length)
         params, mask, value, length = trial[:4]
     else:
         length = step_size.astype(state.objective.dtype)
         params, mask = project(length)
         value = objective.value(params, args)
-    live_gradient = _tree.norm(_tree.keep(mask, gradient))
+    live = _box.movable(box, mask, params, gradient)
+    live_gradient = _tree.norm(_tree.keep(live, gradient))
     gradient_norm = _states.gradient_scale(
         state.memory.gradient_norm, gradient, _tree.norm(params) / length
     )
@@ -92,15 +104,19 @@ def _step(
     )
 
 
-def _exact_step(model: QuadraticModel, state: State, budget: Budget) -> Scalar:
+def _exact_step(
+    model: QuadraticModel, state: State, budget: Budget, box: Box | None
+) -> Scalar:
     """Exact line search on the support: |g_Q|^2 / g_Q' H g_Q.
 
-    From an empty support the one of the largest gradients is used. Where the
+    From an empty support the one of the largest gradients is used; weights that the
+    step would press against their bounds are left out. Where the
     curvature along the gradient is not positive the last step is doubled.
     """
     by_gradient = select.support(model.gradient, budget.counts, budget.groups)
     empty = _norm_squared(_tree.keep(state.mask, state.params)) == 0
     support = _tree.where(empty, by_gradient, state.mask)
+    support = _box.movable(box, support, state.params, model.gradient)
     direction = _tree.keep(support, model.gradient)
     curvature = _tree.dot(direction, model.curvature.matvec(direction))
     ratio = _norm_squared(direction) / jnp.where(curvature > 0, curvature, 1)
@@ -146,19 +162,25 @@ def _shrink_until_majorised(
 
 
 def iht_solver(
-    objective: Objective, *, step_size: Scalar | float | None = None
+    objective: Objective,
+    *,
+    step_size: Scalar | float | None = None,
+    box: Box | None = None,
 ) -> Solver:
     """Iterative hard thresholding as a `Solver`, for use with `run`.
 
     Args:
       objective: what to minimise, from `sparserec.quadratic.make_objective`.
       step_size: fixed step; `None` for the automatic one.
+      box: bounds of the weights; `None` for none.
 
     Returns:
       The pair of init and step.
     """
     fixed = None if step_size is None else jnp.asarray(step_size)
-    return Solver(init=Partial(_init, objective), step=Partial(_step, objective, fixed))
+    return Solver(
+        init=Partial(_init, objective, box), step=Partial(_step, objective, fixed, box)
+    )
 
 
 def iht(
@@ -169,6 +191,8 @@ def iht(
     args: tuple = (),
     step_size: Scalar | float | Literal["auto"] = "auto",
     curvature=None,
+    lower: Params | float | None = None,
+    upper: Params | float | None = None,
     prunable: Prunable = matrices,
     batch_size: int | None = None,
     tol: Scalar | float = 1e-6,
@@ -193,6 +217,10 @@ def iht(
       step_size: `"auto"`, or a fixed step in units of squared weight per loss.
       curvature: builds the local model whose product sets the automatic step; the
         exact Hessian by default. See `sparserec.quadratic`.
+      lower: least values of the weights, a number, or numbers shaped like `params`;
+        `None` for none. At most zero for prunable weights: a weight that is not kept
+        is zero. $T_k$ then keeps what brings the point nearest. Traced.
+      upper: largest values, at least zero for prunable weights; as `lower`.
       prunable: which leaves may be pruned; see `sparserec.matrices`. Other leaves
         are optimised along.
       batch_size: visit the data in chunks of this many examples, with loops on the
@@ -209,7 +237,8 @@ def iht(
     Raises:
       TypeError: `k` or `params` of the wrong type.
       ValueError: `k` out of range, unknown paths, a loss that is not a scalar or
-        not finite at the start, data of the wrong form.
+        not finite at the start, data of the wrong form, bounds that contradict each
+        other.
 
     Source: Blumensath & Davies (2009, 2010: normalised step).
     """
@@ -217,8 +246,9 @@ def iht(
     if automatic and step_size != "auto":
         raise ValueError(f"`step_size` must be 'auto' or a number, got {step_size!r}.")
     fixed = None if automatic else step_size
+    box = _box.make_box(lower, upper, params, prunable)
     return _front.solve(
-        lambda objective, _: iht_solver(objective, step_size=fixed),
+        lambda objective, _: iht_solver(objective, step_size=fixed, box=box),
         loss_fn,
         params,
         k,

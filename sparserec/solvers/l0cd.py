@@ -24,7 +24,8 @@ from sparserec.quadratic import (
     hessian,
     make_objective,
 )
-from sparserec.solvers import _front, _l0cd_steps
+from sparserec.solvers import _box, _front, _l0cd_box, _l0cd_steps
+from sparserec.solvers._box import Box
 from sparserec.solvers._columns import make_problem, rounded
 from sparserec.solvers._coordinate import ORDERS
 from sparserec.solvers._l0cd_steps import Options, Weights, problem_value
@@ -36,17 +37,29 @@ from sparserec.solvers._swaps import objective as refitted_value
 _TRACED_LIMIT = 512
 
 
-def l0cd_solver(objective: Objective, *, options: Options, weights: Weights) -> Solver:
+def l0cd_solver(
+    objective: Objective,
+    *,
+    options: Options,
+    weights: Weights,
+    box: Box | None = None,
+) -> Solver:
     """L0 coordinate descent as a `Solver`, for use with `run`.
 
     Args:
       objective: what to minimise, from `sparserec.quadratic.make_objective`.
       options: static choices.
       weights: of the penalties, and the key.
+      box: bounds of the weights; `None` for none.
 
     Returns:
       The pair of init and step.
     """
+    if box is not None:
+        return Solver(
+            init=Partial(_l0cd_box.init, objective, weights, box),
+            step=Partial(_l0cd_box.step, objective, options, weights, box),
+        )
     return Solver(
         init=Partial(_l0cd_steps.init, objective, options, weights),
         step=Partial(_l0cd_steps.step, objective, options, weights),
@@ -69,6 +82,8 @@ def l0cd(
     effort: float = 1.0,
     key: Key[Array, ""] | None = None,
     max_kept: int | None = None,
+    lower: Params | float | None = None,
+    upper: Params | float | None = None,
     prunable: Prunable = matrices,
     tol: Scalar | float = 1e-6,
     max_steps: int = 30,
@@ -115,6 +130,11 @@ def l0cd(
       key: typed PRNG key for random starts; `None` for none.
       max_kept: largest k of a sweep, which sets the shapes; a little above k if
         `None`, so that neighboring k share a compilation. Static.
+      lower: least values of the weights, a number, or numbers shaped like `params`;
+        `None` for none. At most zero for prunable weights, which are zero when they
+        are not kept. Within bounds the search is shorter: coordinate descent and
+        exchanges; `starts`, `effort` and `key` have no effect. Traced.
+      upper: largest values, at least zero for prunable weights; as `lower`.
       prunable: which leaves may be pruned; see `sparserec.matrices`. Other leaves are
         refitted along with the support.
       tol: relative change at which to stop on losses that are no quadratic model; the
@@ -133,7 +153,7 @@ def l0cd(
       TypeError: `k`, `params` or `key` of the wrong type.
       ValueError: `k` or a weight out of range, unknown paths or options, a model with
         NaN (says in which columns), a loss that is not a scalar or not finite at the
-        start, a traced `k` without `max_kept` on many weights.
+        start, a traced `k` without `max_kept` on many weights, contradicting bounds.
 
     Source: objectives and coordinate descent after Hazimeh & Mazumder (2020),
     L0Learn; exact scores of exchanges from block inverses; pursuit of Foucart (2011);
@@ -151,6 +171,13 @@ def l0cd(
             "`sparserec.quadratic.least_squares(X, y)`, in place of the loss."
         )
     chosen = prunable_leaves(params, prunable)
+    box = _box.make_box(lower, upper, params, prunable)
+    quadratic = isinstance(loss_fn, QuadraticModel)
+    if box is not None and not (quadratic or (_is_zero(penalty) and _is_zero(l2))):
+        raise ValueError(
+            "`penalty` and `l2` together with bounds need a quadratic model; add a "
+            "ridge such as `l2 * jnp.vdot(w, w)` to the loss itself."
+        )
     options = Options(
         slots=_slots(params, k, chosen, max_kept),
         swaps=swaps and not lasso,
@@ -167,7 +194,7 @@ def l0cd(
     def solve(options: Options, params: Params) -> Solution:
         return _front.solve(
             lambda objective, _: l0cd_solver(
-                objective, options=options, weights=weights
+                objective, options=options, weights=weights, box=box
             ),
             loss_fn,
             params,
@@ -179,7 +206,7 @@ def l0cd(
             max_steps=max_steps,
         )
 
-    staged = isinstance(loss_fn, QuadraticModel) and options.swaps
+    staged = isinstance(loss_fn, QuadraticModel) and options.swaps and box is None
     if not staged or _any_traced((loss_fn, params, k, tol, weights)):
         return solve(options, params)
     # Two programs: the search beyond the first local optimum takes longest to

@@ -14,7 +14,7 @@ from sparserec._types import LossFn, Params, Prunable, Scalar
 from sparserec.budget import matrices
 from sparserec.quadratic import CurvatureFn, QuadraticModel, hessian
 from sparserec.solvers import _pursuit_common
-from sparserec.solvers._pursuit_common import UnitCount
+from sparserec.solvers._pursuit_common import Bound, UnitCount
 from sparserec.solvers._pursuit_exchange import (
     by_merging,
     by_splicing,
@@ -32,6 +32,9 @@ def htp(
     curvature: CurvatureFn = hessian,
     damping: Scalar | float = 0.0,
     groups: Params | None = None,
+    max_kept: int | None = None,
+    lower: Bound = None,
+    upper: Bound = None,
     prunable: Prunable = matrices,
     batch_size: int | None = None,
     tol: Scalar | float = 1e-6,
@@ -62,6 +65,14 @@ def htp(
       groups: integer labels shaped like the params, not traced: prunable weights of one
         label, wherever they are, come in and go out together, scored by the sum over
         the group, and k counts groups. `None` for every weight on its own.
+      max_kept: largest k of a sweep in which k is traced, which then sets the width of
+        the solves (and how many steps `omp` and `foba` are allowed); without it that is
+        everything. A traced k above it counts as `max_kept`. Static.
+      lower: least values of the weights, a number, or numbers shaped like `params`;
+        `None` for none. At most zero for prunable weights: a weight that is not kept
+        is zero. Refits obey the bounds, and scores count only what lies within them.
+        Traced; traced bounds are not checked.
+      upper: largest values, at least zero for prunable weights; as `lower`.
       prunable: which leaves may be pruned; see `sparserec.matrices`. Other leaves are
         refitted along with the support: variables that are always in.
       batch_size: visit the data in chunks of this many examples, with loops on the
@@ -80,7 +91,7 @@ def htp(
       TypeError: `k`, `params` or `groups` of the wrong type.
       ValueError: `k` or `damping` out of range, unknown paths, labels that do not fit
         the params, a loss that is not a scalar or not finite at the start, data of the
-        wrong form.
+        wrong form, bounds that contradict each other.
 
     Source: Foucart (2011); the diagonal as step and the halving are additions.
     """
@@ -93,6 +104,9 @@ def htp(
         curvature=curvature,
         damping=damping,
         groups=groups,
+        max_kept=max_kept,
+        lower=lower,
+        upper=upper,
         prunable=prunable,
         batch_size=batch_size,
         tol=tol,
@@ -110,6 +124,9 @@ def subspace_pursuit(
     curvature: CurvatureFn = hessian,
     damping: Scalar | float = 0.0,
     groups: Params | None = None,
+    max_kept: int | None = None,
+    lower: Bound = None,
+    upper: Bound = None,
     prunable: Prunable = matrices,
     batch_size: int | None = None,
     tol: Scalar | float = 1e-6,
@@ -132,6 +149,9 @@ def subspace_pursuit(
       curvature: builds the local model, as in `htp`.
       damping: least damping of the solves, as in `htp`.
       groups: labels of weights that come and go together, as in `htp`.
+      max_kept: largest k of a sweep, as in `htp`. Static.
+      lower: least values of the weights, as in `htp`.
+      upper: largest values, as in `htp`.
       prunable: which leaves may be pruned; see `sparserec.matrices`.
       batch_size: examples visited at a time, as in `htp`. Static.
       tol: relative change at which to stop, as in `htp`.
@@ -155,6 +175,9 @@ def subspace_pursuit(
         curvature=curvature,
         damping=damping,
         groups=groups,
+        max_kept=max_kept,
+        lower=lower,
+        upper=upper,
         prunable=prunable,
         batch_size=batch_size,
         tol=tol,
@@ -172,6 +195,9 @@ def cosamp(
     curvature: CurvatureFn = hessian,
     damping: Scalar | float = 0.0,
     groups: Params | None = None,
+    max_kept: int | None = None,
+    lower: Bound = None,
+    upper: Bound = None,
     prunable: Prunable = matrices,
     batch_size: int | None = None,
     tol: Scalar | float = 1e-6,
@@ -189,6 +215,9 @@ def cosamp(
       curvature: builds the local model, as in `htp`.
       damping: least damping of the solves, as in `htp`.
       groups: labels of weights that come and go together, as in `htp`.
+      max_kept: largest k of a sweep, as in `htp`. Static.
+      lower: least values of the weights, as in `htp`.
+      upper: largest values, as in `htp`.
       prunable: which leaves may be pruned; see `sparserec.matrices`.
       batch_size: examples visited at a time, as in `htp`. Static.
       tol: relative change at which to stop, as in `htp`.
@@ -212,6 +241,9 @@ def cosamp(
         curvature=curvature,
         damping=damping,
         groups=groups,
+        max_kept=max_kept,
+        lower=lower,
+        upper=upper,
         prunable=prunable,
         batch_size=batch_size,
         tol=tol,
@@ -229,6 +261,9 @@ def grasp(
     curvature: CurvatureFn = hessian,
     damping: Scalar | float = 0.0,
     groups: Params | None = None,
+    max_kept: int | None = None,
+    lower: Bound = None,
+    upper: Bound = None,
     prunable: Prunable = matrices,
     batch_size: int | None = None,
     tol: Scalar | float = 1e-6,
@@ -247,6 +282,9 @@ def grasp(
       curvature: builds the local model, as in `htp`.
       damping: least damping of the solves, as in `htp`.
       groups: labels of weights that come and go together, as in `htp`.
+      max_kept: largest k of a sweep, as in `htp`. Static.
+      lower: least values of the weights, as in `htp`.
+      upper: largest values, as in `htp`.
       prunable: which leaves may be pruned; see `sparserec.matrices`.
       batch_size: examples visited at a time, as in `htp`. Static.
       tol: relative change at which to stop, as in `htp`.
@@ -270,6 +308,9 @@ def grasp(
         curvature=curvature,
         damping=damping,
         groups=groups,
+        max_kept=max_kept,
+        lower=lower,
+        upper=upper,
         prunable=prunable,
         batch_size=batch_size,
         tol=tol,
@@ -288,6 +329,9 @@ def splicing(
     curvature: CurvatureFn = hessian,
     damping: Scalar | float = 0.0,
     groups: Params | None = None,
+    max_kept: int | None = None,
+    lower: Bound = None,
+    upper: Bound = None,
     prunable: Prunable = matrices,
     batch_size: int | None = None,
     tol: Scalar | float = 1e-6,
@@ -310,6 +354,9 @@ def splicing(
       curvature: builds the local model, as in `htp`.
       damping: least damping of the solves, as in `htp`.
       groups: labels of weights that come and go together, as in `htp`.
+      max_kept: largest k of a sweep, as in `htp`. Static.
+      lower: least values of the weights, as in `htp`.
+      upper: largest values, as in `htp`.
       prunable: which leaves may be pruned; see `sparserec.matrices`.
       batch_size: examples visited at a time, as in `htp`. Static.
       tol: relative change at which to stop, as in `htp`.
@@ -334,6 +381,9 @@ def splicing(
         curvature=curvature,
         damping=damping,
         groups=groups,
+        max_kept=max_kept,
+        lower=lower,
+        upper=upper,
         prunable=prunable,
         batch_size=batch_size,
         tol=tol,
