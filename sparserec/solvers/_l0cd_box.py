@@ -26,13 +26,15 @@ _MOVES = 20  # most moves of a descent for every slot
 
 def init(
     objective: Objective,
+    options: Options,
     weights: Weights,
     box: Box,
     params: Params,
     budget: Budget,
     args: tuple,
 ) -> tuple[State, Incumbent]:
-    return _l0cd_steps.init(objective, weights, _box.clip(box, params), budget, args)
+    clipped = _box.clip(box, params)
+    return _l0cd_steps.init(objective, options, weights, clipped, budget, args)
 
 
 def step(

@@ -21,9 +21,11 @@ from sparserec.solvers._search import SearchOptions
 from sparserec.solvers._starts import slots_of
 from sparserec.solvers._swaps import (
     Members,
+    Move,
     Slots,
-    apply_move,
     best_move,
+    exchange_for,
+    exchange_gains,
     factorise,
     slack_of,
 )
@@ -32,6 +34,7 @@ from sparserec.solvers._walk import walk
 
 _REFITS = 4  # models on one support before its loss is compared
 _HALVINGS = 10  # of a step of a refit
+_TRIED = 8  # neighbors refitted where the model sees no way down
 
 
 @jax.tree_util.register_static
@@ -268,22 +271,67 @@ def _improve_loss(
 
     begin = jax.lax.cond(first, pursue, lambda: own)
     members = factorise(problem, *begin)
-    move = best_move(problem, members)
-    once = apply_move(problem, members, move)
-    possible = move.gain > 0
-    near = Slots(
-        jnp.where(possible, once.index, members.index),
-        jnp.where(possible, once.filled, members.filled),
-    )
     far = walk(problem, members, patience=0, max_moves=20 * options.slots)
-    best = _better(
-        refitted_on(present.params, far.best), refitted_on(present.params, near)
+    chosen = _first_better(
+        refitted_on, present, far.best, _neighbors(problem, members)
     )
-    eps = jnp.finfo(present.objective.dtype).eps
-    slack = 64 * eps * jnp.abs(present.objective)
-    improved = best.objective < present.objective - slack
-    chosen = _select(improved, best, present)
     return _next_state(state, chosen, model, budget, fixed)
+
+
+def _neighbors(problem: Problem, members: Members) -> Slots:
+    """The supports one move away that the model likes best, stacked, the best first.
+
+    The first is that of the best move of all; the others exchange one member each.
+    """
+    gains, columns = jax.lax.top_k(
+        exchange_gains(problem, members), min(_TRIED, members.slope.size)
+    )
+    exchanges = jax.vmap(lambda column: exchange_for(problem, members, column))(
+        columns.astype(jnp.int32)
+    )
+    best = best_move(problem, members)
+    moves = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), best, exchanges)
+    possible = jnp.concatenate([best.gain[None] > 0, jnp.isfinite(gains)])
+
+    def moved(move: Move, possible: Bool[Array, ""]) -> Slots:
+        here = jnp.arange(members.index.size, dtype=jnp.int32) == move.slot
+        here &= possible
+        column = jnp.where(move.enters, move.column, 0)
+        return Slots(
+            jnp.where(here, column, members.index),
+            jnp.where(here, move.enters, members.filled),
+        )
+
+    return jax.vmap(moved)(moves, possible)
+
+
+def _first_better(
+    refitted_on: Callable[[Params, Slots], Candidate],
+    present: Candidate,
+    far: Slots,
+    near: Slots,
+) -> Candidate:
+    """The better of two refitted supports or, where neither helps, the next that does.
+
+    A model says little about supports whose values lie far away; their refits do.
+    """
+    supports = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), far, near)
+    eps = jnp.finfo(present.objective.dtype).eps
+    enough = present.objective - 64 * eps * jnp.abs(present.objective)
+
+    def body(state: tuple[Candidate, Int[Array, ""]]):
+        best, number = state
+        slots = jax.tree.map(lambda x: x[number], supports)
+        found = refitted_on(present.params, slots)
+        better = found.objective < jnp.minimum(best.objective, enough)
+        return _select(better, found, best), number + 1
+
+    def going(state: tuple[Candidate, Int[Array, ""]]) -> Bool[Array, ""]:
+        best, number = state
+        unhelped = best.objective >= enough
+        return (number < 2) | (unhelped & (number < supports.filled.shape[0]))
+
+    return jax.lax.while_loop(going, body, (present, jnp.int32(0)))[0]
 
 
 def fixed_entries(mask: Mask, budget: Budget) -> Bool[Array, "n"]:
@@ -396,5 +444,3 @@ def _select(condition: Bool[Array, ""], a: Candidate, b: Candidate) -> Candidate
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
-def _better(a: Candidate, b: Candidate) -> Candidate:
-    return _select(a.objective <= b.objective, a, b)

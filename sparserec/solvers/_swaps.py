@@ -284,6 +284,17 @@ def best_exchange(
     # for its place among all pairs is not.
     best = exchange_gains(problem, members, barred)
     column = jnp.argmax(best).astype(jnp.int32)
+    move = exchange_for(problem, members, column, barred)
+    return move._replace(gain=entry_at(best, column))
+
+
+def exchange_for(
+    problem: Problem,
+    members: Members,
+    column: Int[Array, ""],
+    barred: Barred | None = None,
+) -> Move:
+    """The exchange that makes most of an entry that comes in."""
     cost, ratio, pivot = removal_terms(problem, members, barred)
     coupling = entry_at(members.coupling.T, column)
     top = entry_at(members.slope, column) + coupling * ratio
@@ -294,7 +305,7 @@ def best_exchange(
         gains = jnp.where(same, gains, -jnp.inf)
     slot = jnp.argmax(gains).astype(jnp.int32)
     yes = jnp.bool_(True)
-    return Move(entry_at(best, column), column, slot, yes, yes)
+    return Move(entry_at(gains, slot) / 2, column, slot, yes, yes)
 
 
 def best_addition(

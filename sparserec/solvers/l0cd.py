@@ -57,7 +57,7 @@ def l0cd_solver(
     """
     if box is not None:
         return Solver(
-            init=Partial(_l0cd_box.init, objective, weights, box),
+            init=Partial(_l0cd_box.init, objective, options, weights, box),
             step=Partial(_l0cd_box.step, objective, options, weights, box),
         )
     return Solver(
