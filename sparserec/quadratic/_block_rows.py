@@ -21,8 +21,8 @@ from sparserec._types import Mask, Params, Scalar
 from sparserec.quadratic._push_through import push_through
 
 _SCRATCH = 1 << 24  # entries of the systems that are solved side by side
-_FILLED = 0.95  # of a block's width is the least that a batch holds
-_BUFFERS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # shares of a block's width
+_FILLED = 3 / 4  # of a block's width is the least that a batch holds
+_BUFFERS = (1 / 8, 1 / 4, 1 / 2, 1)  # shares of a block's width
 
 
 class BlockLayout(NamedTuple):
@@ -105,7 +105,7 @@ def block_layout(shapes: Sequence[tuple[int, ...]], width: int | None) -> BlockL
         one block per leaf.
 
     Returns:
-      The layout; blocks padded by less than a twentieth of it share a batch.
+      The layout; blocks padded by less than a quarter share a batch.
     """
     blocks, start = [], 0
     for shape in shapes:
