@@ -18,6 +18,7 @@ import pathlib
 import resource
 import subprocess
 import sys
+from typing import Any
 
 for _name, _value in (
     ("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"),
@@ -46,7 +47,7 @@ COLUMNS = ["case", "weights", "one float32 X, MB", "peak, MB", "copies", "target
 
 
 def _resnet_loss(rest, stats, params, images, labels):
-    logits = resnet.apply({**rest, **params}, stats, images)
+    logits: Any = resnet.apply({**rest, **params}, stats, images)
     return quadratic.softmax_cross_entropy(logits, labels)
 
 

@@ -32,7 +32,7 @@ from sparserec.solvers._chita_rows import (
 )
 from sparserec.solvers._chita_types import Found, Limits, for_each
 
-_LENGTHS = 0.5, 1.0, 2.0  # of a step, relative to the exact one on the support
+_LENGTHS = 0.0, 0.5, 1.0, 2.0  # of a step, relative to the exact one on the support
 
 
 class _Answer(NamedTuple):
@@ -249,14 +249,18 @@ def _support_by_gradient(
         bend = _tree.dot(inside, curvature.matvec(inside))
         bend += ridge * _tree.dot(inside, inside)
         length = _tree.dot(inside, slope) / jnp.where(bend > 0, bend, 1)
-        points = [_tree.add_scaled(params, -x * length, direction) for x in _LENGTHS]
-        masks = [first, *map(chosen, points)]
-        values = [
-            model(_tree.keep(mask, point))
-            for mask, point in zip(masks, [params, *points], strict=True)
-        ]
-        best = jnp.argmin(jnp.stack(values))
-        return jax.tree.map(lambda *xs: jnp.stack(xs)[best], *masks)
+        lengths = length * jnp.asarray(_LENGTHS, length.dtype)
+        masks = jax.vmap(
+            lambda length: chosen(_tree.add_scaled(params, -length, direction))
+        )(lengths)
+
+        def value(trial: tuple[Scalar, Mask]) -> Scalar:
+            point = _tree.add_scaled(params, -trial[0], direction)
+            return model(_tree.keep(trial[1], point))
+
+        # One program for all: compiling a pass over blocks takes a second.
+        best = jnp.argmin(jax.lax.map(value, (lengths, masks)))
+        return jax.tree.map(lambda x: x[best], masks)
 
     # Without first-order term there is no step to try.
     moves = jnp.any(_tree.flatten(direction) != 0)
