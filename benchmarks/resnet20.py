@@ -165,63 +165,97 @@ def share_of(case: argparse.Namespace, density: float, stage: int) -> float:
     return density ** min(1.0, (stage + 1) / growing) ** case.power
 
 
-def prune(data: Data, case: argparse.Namespace, density: float, rng, stages: int):
-    """CHITA in some stages; params, and CPU seconds of the solver and in all."""
-    builder, params, loss = builder_of(case), data.params, loss_of(data, case.coupled)
-    total = sum(w.size for w in params.values())
+def examples_of(data: Data, case: argparse.Namespace, rng: np.random.Generator):
     judging = JUDGING if case.refinements else 0.0
-    count = math.ceil(case.rows * case.rows_batch / (1 - judging)) + bool(judging)
-    begin, solving = time.process_time(), 0.0
-    for stage in range(stages):
-        k = int(share_of(case, density, stage) * total)
-        examples = draw(data, count, rng)
-        options = {"variant": case.variant, "metric": case.metric}
-        if case.refinements:
-            params = chita(
-                loss,
-                params,
-                k,
-                args=examples,
-                curvature=builder,
-                held_out=judging,
-                refinements=case.refinements,
-                batch_size=case.rows_batch,
-                **options,
-            ).params
-            continue
-        model = jax.block_until_ready(builder(loss, params, examples))
+    count = case.rows * case.rows_batch / (1 - judging)
+    return draw(data, math.ceil(count) + bool(judging), rng)
+
+
+def solved(data: Data, case: argparse.Namespace, first, density: float, rng):
+    """CHITA on models whose rows are given; params and CPU seconds of the solver."""
+    builder, loss, params = builder_of(case), loss_of(data, case.coupled), data.params
+    total, seconds = sum(w.size for w in params.values()), 0.0
+    for stage in range(case.stages):
+        model = first
+        if stage:
+            model = builder(loss, params, examples_of(data, case, rng))
+        jax.block_until_ready(model)
         start = time.process_time()
-        params = jax.block_until_ready(chita(model, params, k, **options)).params
-        solving += time.process_time() - start
-    return params, solving, time.process_time() - begin
+        k = int(share_of(case, density, stage) * total)
+        solution = chita(model, params, k, variant=case.variant, metric=case.metric)
+        params = jax.block_until_ready(solution).params
+        seconds += time.process_time() - start
+    return params, seconds
 
 
-def measured(data: Data, case: argparse.Namespace, density: float, seed: int):
-    """Results of magnitude pruning and of CHITA."""
+def refined(data: Data, case: argparse.Namespace, density: float, rng, stages: int):
+    """CHITA++ with refinements; params and CPU seconds of all of it."""
+    builder, loss, params = builder_of(case), loss_of(data, case.coupled), data.params
+    total, start = sum(w.size for w in params.values()), time.process_time()
+    for stage in range(stages):
+        params = chita(
+            loss,
+            params,
+            int(share_of(case, density, stage) * total),
+            args=examples_of(data, case, rng),
+            curvature=builder,
+            variant=case.variant,
+            metric=case.metric,
+            held_out=JUDGING,
+            refinements=case.refinements,
+            batch_size=case.rows_batch,
+        ).params
+    return params, time.process_time() - start
+
+
+def measured(data: Data, case: argparse.Namespace, seed: int):
+    """Results of magnitude pruning and of CHITA for every density."""
     rng = np.random.default_rng(seed)
-    k = int(density * sum(w.size for w in data.params.values()))
-    params, solving, whole = prune(data, case, density, rng, case.stages)
-    mask = sparserec.select.top_k(data.params, k)
-    seconds = whole if case.images == "lossless" else solving
-    masked = sparserec.apply_mask(data.params, mask)
-    for method, point in (("magnitude", masked), (case.variant, params)):
-        stats = new_stats(data, point, case.statistics, rng)
-        row = {
-            "method": method,
-            "density": density,
-            "seed": seed,
-            "plain": accuracy(data, point, data.stats),
-            "recalibrated": accuracy(data, point, stats),
-            "seconds": 0.0 if method == "magnitude" else seconds,
-            "in all": 0.0 if method == "magnitude" else whole,
-        }
-        print(
-            f"density {density:g} {method}: {row['plain']:.2f} % as it is, "
-            f"{row['recalibrated']:.2f} % with new statistics, "
-            f"{row['seconds']:.2f} CPU s, {row['in all']:.0f} in all, seed {seed}",
-            flush=True,
-        )
-        yield row
+    model = None
+    if case.refinements:
+        refined(data, case, case.density[0], rng, 1)  # compiles
+    else:
+        examples, start = examples_of(data, case, rng), time.process_time()
+        model = builder_of(case)(loss_of(data, case.coupled), data.params, examples)
+        jax.block_until_ready(model)
+        gathering = time.process_time() - start
+        print(f"seed {seed}: {case.rows} rows in {gathering:.1f} CPU s", flush=True)
+        chita(
+            model, data.params, 1, variant=case.variant, metric=case.metric
+        )  # compiles
+    for density in case.density:
+        k = int(density * sum(w.size for w in data.params.values()))
+        mask = sparserec.select.top_k(data.params, k)
+        points = {}
+        if not case.coupled:
+            points["magnitude"] = sparserec.apply_mask(data.params, mask), 0.0
+        if case.refinements:
+            points[name_of(case)] = refined(data, case, density, rng, case.stages)
+        else:
+            points[name_of(case)] = solved(data, case, model, density, rng)
+        for method, (point, seconds) in points.items():
+            stats = new_stats(data, point, case.statistics, rng)
+            row = {
+                "method": method,
+                "density": density,
+                "seed": seed,
+                "plain": accuracy(data, point, data.stats),
+                "recalibrated": accuracy(data, point, stats),
+                "seconds": seconds,
+            }
+            print(
+                f"density {density:g} {method}: {row['plain']:.2f} % as it is, "
+                f"{row['recalibrated']:.2f} % with new statistics, "
+                f"{seconds:.2f} CPU s",
+                flush=True,
+            )
+            yield row
+
+
+def name_of(case: argparse.Namespace) -> str:
+    rows = f"{case.rows} {'coupled ' if case.coupled else ''}rows of {case.rows_batch}"
+    stages = f", {case.stages} stages" if case.stages > 1 else ""
+    return f"{case.variant}, {rows}{stages}"
 
 
 def verdict(
@@ -292,12 +326,10 @@ def main() -> int:
     data = load(case)
     dense = accuracy(data, data.params, data.stats)
     print(f"{case.images}: dense {dense:.2f} %", flush=True)
-    prune(data, case, case.density[0], np.random.default_rng(0), 1)  # compiles
     results = [
         row
         for seed in range(case.seed0, case.seed0 + case.seeds)
-        for density in case.density
-        for row in measured(data, case, density, seed)
+        for row in measured(data, case, seed)
     ]
     targets = RENEWED if case.coupled else FIXED
     if case.images == "lossless":
