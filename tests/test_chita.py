@@ -358,7 +358,7 @@ def test_fisher_blocks_are_minimised_on_the_support(first_order):
             np.ravel(
                 model.curvature.matvec({"w": jnp.asarray(unit.reshape(6, 4))})["w"]
             )
-            for unit in np.eye(24)
+            for unit in np.eye(24).reshape(24, 6, 4)
         ]
     )
     center, gradient = (np.ravel(t["w"]) for t in (model.center, model.gradient))

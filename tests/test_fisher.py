@@ -478,7 +478,7 @@ def test_blocks_hold_whole_outputs_or_even_parts_of_one():
 def test_blocks_of_leaves_are_whole():
     layout = block_layout(SHAPES, None)
     lengths = [[length for _, length in batch] for batch in layout.batches]
-    assert lengths == [[50], [42], [6], [1]]
+    assert lengths == [[50, 42], [6], [1]]
 
 
 @pytest.mark.parametrize("width", [None, 1, 7, 13, 100])
