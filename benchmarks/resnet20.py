@@ -1,16 +1,19 @@
 """How accurate is a pruned ResNet20, and how long does the pruning take?
 
 The network (268,336 prunable weights) and CIFAR-10 come from the folder that
-SPARSEREC_DATA names; see `_resnet20.py` for its two sets of images. One-shot: block
-backsolve on gradient rows beside magnitude pruning, each as it is and with batch
-statistics re-estimated afterwards. With `--stages`, CHITA++: fresh rows and fresh
-statistics at every stage.
+SPARSEREC_DATA names; see `_resnet20.py` for its two sets of images. Block backsolve on
+gradient rows beside magnitude pruning, each as it is and with batch statistics
+re-estimated afterwards. Rows of the network in evaluation mode are for the first, rows
+of whole mini-batches in training mode (`--coupled`) for the second.
 
-    python -m benchmarks.resnet20 --images jpeg --seeds 3 --json result.json
-    python -m benchmarks.resnet20 --images lossless --stages 20 --density 0.2 0.1
+    python -m benchmarks.resnet20 --json result.json
+    python -m benchmarks.resnet20 --coupled --rows 250 --stages 4 --json coupled.json
+    python -m benchmarks.resnet20 --images lossless --coupled --rows 60 --stages 12 \\
+        --refinements 1 --density 0.2 0.1
 
 Prints test accuracies, CPU seconds (one thread, compile aside) and the targets last;
-exits 1 where a target is missed.
+exits 1 where a target is missed. On the JPEG images the seconds are those of the
+solver, and on the lossless ones those of the whole run.
 """
 
 import argparse
@@ -50,26 +53,31 @@ COLUMNS = [
     "CPU s",
     "target",
 ]
-HELD_OUT = 0.1  # share of a stage's examples that judge refinements
+JUDGING = 0.1  # share of a stage's examples that judge refinements
 BATCH = 466  # images in a batch of statistics; divides the lossless set
 
 
 class Target(NamedTuple):
-    """Accuracy in percent without and with new statistics, and solver CPU seconds."""
+    """Accuracy in percent without and with new statistics, and CPU seconds."""
 
     plain: float
     recalibrated: float
     seconds: float
 
 
-ONE_SHOT = {  # density -> target, on the JPEG images
-    0.5: Target(81.9, 82.3, 1.6),
-    0.3: Target(73.4, 79.5, 0.8),
-    0.2: Target(51.2, 75.0, 0.48),
-    0.1: Target(21.9, 55.0, 0.28),
+FIXED = {  # density -> target, on the JPEG images: statistics as they are
+    0.5: Target(81.9, 0, 1.6),
+    0.3: Target(73.4, 0, 0.8),
+    0.2: Target(51.2, 0, 0.48),
+    0.1: Target(21.9, 0, 0.28),
 }
-# On the lossless images; the seconds are those of a whole run.
-STAGED = {0.2: Target(0, 87.0, 90), 0.1: Target(0, 75.0, 90)}
+RENEWED = {  # the same, with statistics re-estimated
+    0.5: Target(0, 82.3, 1.6),
+    0.3: Target(0, 79.5, 0.8),
+    0.2: Target(0, 75.0, 0.48),
+    0.1: Target(0, 55.0, 0.28),
+}
+LOSSLESS = {0.2: Target(0, 87.0, 90), 0.1: Target(0, 75.0, 90)}
 
 
 class Data(NamedTuple):
@@ -80,15 +88,21 @@ class Data(NamedTuple):
     test: tuple[np.ndarray, np.ndarray]
 
 
-def load(images: resnet.ImageSet, seed: int, test: int | None) -> Data:
-    network = resnet.load(images)
+def load(case: argparse.Namespace) -> Data:
+    network = resnet.load(case.images)
+    train, test = network.train, network.test
+    if case.held_out:  # settings are chosen on training images
+        count = case.held_out
+        images, labels = train
+        train = images[:-count], labels[:-count]
+        test = images[-count:], labels[-count:]
     pruned = {n: w for n, w in network.params.items() if resnet.prunable(n, w)}
     return Data(
         params=pruned,
         rest={n: w for n, w in network.params.items() if n not in pruned},
-        stats=resnet.estimate_stats(network.params, network.train[0][:10_000], seed),
-        train=network.train,
-        test=(network.test[0][:test], network.test[1][:test]),
+        stats=resnet.estimate_stats(network.params, train[0][:10_000], case.seed0),
+        train=train,
+        test=test,
     )
 
 
@@ -97,8 +111,15 @@ def _loss(rest, stats, params, images, labels):
     return quadratic.softmax_cross_entropy(logits, labels)
 
 
-def loss_of(data: Data) -> Partial:
-    """The loss with its fixed arrays, which may change without compiling again."""
+def _loss_in_training(rest, params, images, labels):
+    logits, _ = resnet.apply({**rest, **params}, {}, images, train=True)
+    return quadratic.softmax_cross_entropy(logits, labels)
+
+
+def loss_of(data: Data, coupled: bool) -> Partial:
+    """The loss with its fixed arrays, by fixed statistics or those of every batch."""
+    if coupled:
+        return Partial(_loss_in_training, data.rest)
     return Partial(_loss, data.rest, data.stats)
 
 
@@ -134,90 +155,113 @@ def builder_of(case: argparse.Namespace) -> Fisher:
         first_order=case.first_order,
         blocks=case.block or None,
         on_host=True,
+        coupled=case.coupled,
     )
 
 
-def timed(function, *args, **options):
-    start = time.process_time()
-    result = jax.block_until_ready(function(*args, **options))
-    return result, time.process_time() - start
+def share_of(case: argparse.Namespace, density: float, stage: int) -> float:
+    """Density after a stage: falling by powers, then that of the end."""
+    growing = max(1, round(case.growing * case.stages))
+    return density ** min(1.0, (stage + 1) / growing) ** case.power
 
 
-def keep_of(data: Data, density: float) -> int:
-    return int(density * sum(w.size for w in data.params.values()))
+def examples_of(data: Data, case: argparse.Namespace, rng: np.random.Generator):
+    judging = JUDGING if case.refinements else 0.0
+    count = case.rows * case.rows_batch / (1 - judging)
+    return draw(data, math.ceil(count) + bool(judging), rng)
 
 
-def one_shot(data: Data, case: argparse.Namespace, seed: int) -> list[dict]:
+def solved(data: Data, case: argparse.Namespace, first, density: float, rng):
+    """CHITA on models whose rows are given: params, and CPU seconds.
+
+    Those of the solver, and on the lossless images those of the later rows too.
+    """
+    builder, loss, params = builder_of(case), loss_of(data, case.coupled), data.params
+    total, seconds = sum(w.size for w in params.values()), 0.0
+    for stage in range(case.stages):
+        model, begin = first, time.process_time()
+        if stage:
+            model = builder(loss, params, examples_of(data, case, rng))
+        jax.block_until_ready(model)
+        start = begin if case.images == "lossless" else time.process_time()
+        k = int(share_of(case, density, stage) * total)
+        solution = chita(model, params, k, variant=case.variant, metric=case.metric)
+        params = jax.block_until_ready(solution).params
+        seconds += time.process_time() - start
+    return params, seconds
+
+
+def refined(data: Data, case: argparse.Namespace, density: float, rng, stages: int):
+    """CHITA++ with refinements; params and CPU seconds of all of it."""
+    builder, loss, params = builder_of(case), loss_of(data, case.coupled), data.params
+    total, start = sum(w.size for w in params.values()), time.process_time()
+    for stage in range(stages):
+        params = chita(
+            loss,
+            params,
+            int(share_of(case, density, stage) * total),
+            args=examples_of(data, case, rng),
+            curvature=builder,
+            variant=case.variant,
+            metric=case.metric,
+            held_out=JUDGING,
+            refinements=case.refinements,
+            batch_size=case.rows_batch,
+        ).params
+    return params, time.process_time() - start
+
+
+def measured(data: Data, case: argparse.Namespace, seed: int):
+    """Results of magnitude pruning and of CHITA for every density."""
     rng = np.random.default_rng(seed)
-    examples = draw(data, case.rows * case.rows_batch, rng)
-    model, gathering = timed(builder_of(case), loss_of(data), data.params, examples)
-    print(f"seed {seed}: {case.rows} rows in {gathering:.1f} CPU s", flush=True)
-    chita(model, data.params, keep_of(data, 0.9), variant="bso")  # compiles
-    results = []
+    model, gathering = None, 0.0
+    if case.refinements:
+        refined(data, case, case.density[0], rng, 1)  # compiles
+    else:
+        given = loss_of(data, case.coupled), data.params, examples_of(data, case, rng)
+        if case.images == "lossless":  # where rows count, compiling them does not
+            builder_of(case)(*given)
+        start = time.process_time()
+        model = jax.block_until_ready(builder_of(case)(*given))
+        gathering = time.process_time() - start
+        print(f"seed {seed}: {case.rows} rows in {gathering:.1f} CPU s", flush=True)
+        # Compiles.
+        chita(model, data.params, 1, variant=case.variant, metric=case.metric)
     for density in case.density:
-        k = keep_of(data, density)
-        solution, seconds = timed(chita, model, data.params, k, variant="bso")
+        k = int(density * sum(w.size for w in data.params.values()))
         mask = sparserec.select.top_k(data.params, k)
-        magnitude = sparserec.apply_mask(data.params, mask)
-        for method, params in (("magnitude", magnitude), ("bso", solution.params)):
-            stats = new_stats(data, params, case.statistics, rng)
+        points = {}
+        if not case.coupled:
+            points["magnitude"] = sparserec.apply_mask(data.params, mask), 0.0
+        if case.refinements:
+            points[name_of(case)] = refined(data, case, density, rng, case.stages)
+        else:
+            params, seconds = solved(data, case, model, density, rng)
+            whole = gathering if case.images == "lossless" else 0.0
+            points[name_of(case)] = params, seconds + whole
+        for method, (point, seconds) in points.items():
+            stats = new_stats(data, point, case.statistics, rng)
             row = {
                 "method": method,
                 "density": density,
                 "seed": seed,
-                "plain": accuracy(data, params, data.stats),
-                "recalibrated": accuracy(data, params, stats),
-                "seconds": seconds if method == "bso" else 0.0,
+                "plain": accuracy(data, point, data.stats),
+                "recalibrated": accuracy(data, point, stats),
+                "seconds": seconds,
             }
             print(
                 f"density {density:g} {method}: {row['plain']:.2f} % as it is, "
                 f"{row['recalibrated']:.2f} % with new statistics, "
-                f"{row['seconds']:.2f} CPU s",
+                f"{seconds:.2f} CPU s",
                 flush=True,
             )
-            results.append(row)
-    return results
+            yield row
 
 
-def staged(data: Data, case: argparse.Namespace, density: float, seed: int) -> dict:
-    """CHITA++ with new batch statistics at every stage."""
-    rng = np.random.default_rng(seed)
-    builder, params, now = builder_of(case), data.params, data
-    total = sum(w.size for w in params.values())
-    growing = max(1, int(case.growing * case.stages))
-    held_out = HELD_OUT if case.refinements else 0.0
-    wanted = case.rows * case.rows_batch / (1 - held_out) + 1
-    start = time.process_time()
-    for stage in range(case.stages):
-        share = density ** min(1.0, (stage + 1) / growing)
-        examples = draw(now, math.ceil(wanted), rng)
-        solution = chita(
-            loss_of(now),
-            params,
-            int(share * total),
-            args=examples,
-            curvature=builder,
-            variant=case.variant,
-            held_out=held_out,
-            refinements=case.refinements,
-        )
-        params = solution.params
-        now = now._replace(stats=new_stats(now, params, case.statistics, rng))
-    seconds = time.process_time() - start
-    row = {
-        "method": f"chita++ {case.variant}",
-        "density": density,
-        "seed": seed,
-        "plain": accuracy(data, params, data.stats),
-        "recalibrated": accuracy(data, params, now.stats),
-        "seconds": seconds,
-    }
-    print(
-        f"density {density:g} {row['method']}, {case.stages} stages: "
-        f"{row['recalibrated']:.2f} %, {seconds:.0f} CPU s, seed {seed}",
-        flush=True,
-    )
-    return row
+def name_of(case: argparse.Namespace) -> str:
+    rows = f"{case.rows} {'coupled ' if case.coupled else ''}rows of {case.rows_batch}"
+    stages = f", {case.stages} stages" if case.stages > 1 else ""
+    return f"{case.variant}, {rows}{stages}"
 
 
 def verdict(
@@ -255,21 +299,29 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--density", type=float, nargs="+", default=[0.5, 0.3, 0.2, 0.1]
     )
-    parser.add_argument("--rows", type=int, default=1000)
-    parser.add_argument("--rows-batch", type=int, default=1)
+    parser.add_argument("--coupled", action="store_true")
+    parser.add_argument("--rows", type=int, default=1000, help="in a stage")
+    parser.add_argument("--rows-batch", type=int, help="default 1, coupled 16")
     parser.add_argument("--block", type=int, default=500, help="0: no blocks")
-    parser.add_argument("--ridge", type=float, default=1e-3)
+    parser.add_argument("--ridge", type=float, default=3e-3)
+    parser.add_argument("--metric", type=float, default=0.0)
     parser.add_argument("--first-order", action="store_true")
     parser.add_argument("--stages", type=int, default=1)
-    parser.add_argument("--growing", type=float, default=0.7, help="share of stages")
+    parser.add_argument("--growing", type=float, default=1.0, help="share of stages")
+    parser.add_argument("--power", type=float, default=1.0, help="below 1: early")
     parser.add_argument("--variant", default="bso")
     parser.add_argument("--refinements", type=int, default=0)
     parser.add_argument("--statistics", type=int, default=4660, help="images")
-    parser.add_argument("--test", type=int, help="test images; default all")
+    parser.add_argument(
+        "--held-out", type=int, default=0, help="training images in place of the tests"
+    )
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--seed0", type=int, default=0)
     parser.add_argument("--json", type=pathlib.Path)
-    return parser.parse_args()
+    case = parser.parse_args()
+    if case.rows_batch is None:
+        case.rows_batch = 16 if case.coupled else 1
+    return case
 
 
 def main() -> int:
@@ -277,18 +329,18 @@ def main() -> int:
     if not resnet.available():
         return 0
     print(f"device: {jax.devices()[0].device_kind}, jax {jax.__version__}")
-    data = load(case.images, case.seed0, case.test)
+    data = load(case)
     dense = accuracy(data, data.params, data.stats)
     print(f"{case.images}: dense {dense:.2f} %", flush=True)
-    results = []
-    for seed in range(case.seed0, case.seed0 + case.seeds):
-        if case.stages == 1:
-            results += one_shot(data, case, seed)
-        else:
-            results += [staged(data, case, d, seed) for d in case.density]
-    targets = ONE_SHOT if case.stages == 1 else STAGED
-    comparable = case.images == ("jpeg" if case.stages == 1 else "lossless")
-    met, rows = verdict(results, targets if comparable else {})
+    results = [
+        row
+        for seed in range(case.seed0, case.seed0 + case.seeds)
+        for row in measured(data, case, seed)
+    ]
+    targets = RENEWED if case.coupled else FIXED
+    if case.images == "lossless":
+        targets = LOSSLESS
+    met, rows = verdict(results, {} if case.held_out else targets)
     save(case.json, COLUMNS, rows, images=case.images, dense=dense, results=results)
     return 0 if met else 1
 

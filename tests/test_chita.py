@@ -332,6 +332,48 @@ def test_blocks_go_through_the_solve_of_the_curvature():
         chita(model, model.center, 5, variant="cd")
 
 
+def test_the_metric_says_what_weights_compete_by():
+    model, x, center, _ = instance(11, slope=0)
+    diagonal = np.sum(x**2, axis=0) + RIDGE
+    for power in (0.0, 1.0, -0.5):
+        scores = diagonal ** (power / 2) * np.abs(center)
+        solution = chita(model, model.center, 5, variant="bso", metric=power)
+        kept = np.flatnonzero(solution.mask)
+        assert set(kept) == set(np.argsort(-scores)[:5])
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+def test_fisher_blocks_are_minimised_on_the_support(first_order):
+    rng = np.random.default_rng(12)
+    inputs, targets = rng.normal(size=(9, 6)), rng.normal(size=(9, 4))
+    params = {"w": jnp.asarray(rng.normal(size=(6, 4)))}
+
+    def loss(params, x, y):
+        return jnp.mean(jnp.square(x @ params["w"] - y))
+
+    rows = fisher(blocks=4, ridge=RIDGE, first_order=first_order)
+    model = rows(loss, params, (jnp.asarray(inputs), jnp.asarray(targets)))
+    hessian = np.stack(
+        [
+            np.ravel(
+                model.curvature.matvec({"w": jnp.asarray(unit.reshape(6, 4))})["w"]
+            )
+            for unit in np.eye(24).reshape(24, 6, 4)
+        ]
+    )
+    center, gradient = (np.ravel(t["w"]) for t in (model.center, model.gradient))
+    solution = chita(model, params, 10, variant="bso", ridge=0.1, metric=0.0)
+    mask = np.ravel(solution.mask["w"])
+    if not first_order:
+        assert set(np.flatnonzero(mask)) == set(np.argsort(-np.abs(center))[:10])
+    hessian = hessian + 0.1 * np.eye(24)
+    expected = oracles.minimize_on(hessian, hessian @ center - gradient, mask)
+    np.testing.assert_allclose(np.ravel(solution.params["w"]), expected, atol=1e-9)
+    step = expected - center
+    lowest = model.value + gradient @ step + step @ hessian @ step / 2
+    np.testing.assert_allclose(solution.objective, lowest, rtol=1e-10)
+
+
 @pytest.mark.slow
 def test_groups_keep_their_own_budgets():
     _, x, center, gradient = instance(9)

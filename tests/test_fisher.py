@@ -1,7 +1,7 @@
 """Gradient rows and the curvatures made of them, against slow NumPy oracles."""
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -460,17 +460,93 @@ def test_blocks_keep_the_entries_of_the_matrix_within_them(blocks, options):
         np.testing.assert_allclose(rows, expected, atol=1e-12)
 
 
-def test_blocks_are_aligned_with_leaves_and_even():
-    layout = block_layout([6, 42, 0, 18, 6], 10)
-    (batch,) = layout.batches
-    assert [length for _, length in batch] == [6, 8, 8, 9, 8, 9, 9, 9, 6]
-    starts = [start for start, _ in batch]
-    assert {0, 6, 48, 66} <= set(starts)
-    whole = block_layout([6, 42, 0, 18, 6], None)
-    assert whole.batches == (((0, 6), (66, 6)), ((48, 18),), ((6, 42),))
-    flat = jnp.arange(72.0)
-    for each in (layout, whole):
-        np.testing.assert_array_equal(each.join(each.cut(flat)), flat)
+SHAPES = [(6,), (3, 2, 7), (0, 4), (25, 2), ()]
+
+
+def test_blocks_hold_whole_outputs_or_even_parts_of_one():
+    layout = block_layout(SHAPES, 13)
+    places = np.split(np.arange(99), [6, 48, 48, 98])
+    kernel, wide = places[1].reshape(3, 2, 7), places[3].reshape(25, 2)
+    expected = [places[0], places[4]]
+    # Two outputs of six weights fit 13, and seven outputs make four blocks.
+    for outputs in ([0], [1, 2], [3, 4], [5, 6]):
+        expected.append(kernel[..., outputs].transpose(2, 0, 1).reshape(-1))
+    for output in (0, 1):
+        expected += [wide[:12, output], wide[12:, output]]
+    found = [block[block < 99] for index in layout.index() for block in index]
+    assert sorted(map(tuple, found)) == sorted(map(tuple, expected))
+    assert [len(batch) for batch in layout.batches] == [7, 2, 1]
+
+
+def test_blocks_of_leaves_are_whole():
+    layout = block_layout(SHAPES, None)
+    lengths = [[length for _, length in batch] for batch in layout.batches]
+    assert lengths == [[50, 42], [6], [1]]
+
+
+@pytest.mark.parametrize("width", [None, 1, 7, 13, 100])
+def test_blocks_are_joined_as_they_were_cut(width):
+    layout = block_layout(SHAPES, width)
+    flat = jnp.arange(99.0)
+    np.testing.assert_array_equal(layout.join(layout.cut(flat)), flat)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+@pytest.mark.parametrize("blocks", ["leaf", 5])
+def test_the_minimum_on_a_support_is_that_of_the_matrix(blocks, damping):
+    params, args = problem()
+    curvature = fisher(blocks=blocks, ridge=0.1)(loss, params, args).curvature
+    assert isinstance(curvature, BlockLowRank)
+    rng = np.random.default_rng(3)
+    split = curvature.layout.split
+    mask = rng.random(_size()) < 0.6
+    slope, start = rng.standard_normal((2, _size()))
+    bent = matrix(curvature) + damping * np.eye(_size())
+    step = start.copy()
+    step[mask] -= np.linalg.solve(
+        bent[np.ix_(mask, mask)], (slope + bent @ start)[mask]
+    )
+    found = curvature.minimise_on(
+        *(split(jnp.asarray(x)) for x in (mask, slope, start)), damping
+    )
+    np.testing.assert_allclose(
+        np.concatenate([np.ravel(x) for x in jax.tree.leaves(found.step)]),
+        step,
+        atol=1e-9,
+    )
+    value = slope @ step + step @ bent @ step / 2
+    np.testing.assert_allclose(found.value, value, rtol=1e-10)
+
+
+# --- coupled examples -----------------------------------------------------------------
+
+
+def normalised_loss(params, x, y):
+    """The loss of a network with batch normalisation in training mode."""
+    hidden = x @ jax.tree.leaves(params)[0]
+    spread = jnp.sqrt(jnp.var(hidden, axis=0, keepdims=True) + 0.1)
+    hidden = (hidden - jnp.mean(hidden, axis=0, keepdims=True)) / spread
+    return jnp.mean(jnp.square(jnp.sum(jnp.tanh(hidden), axis=1) - y))
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_coupled_rows_are_gradients_of_whole_mini_batches(on_host):
+    rng = np.random.default_rng(4)
+    x, y = (jnp.asarray(rng.standard_normal(shape)) for shape in ((12, 5), (12,)))
+    params = {"w": jnp.asarray(rng.standard_normal((5, 3)))}
+    builder = fisher(rows=3, batch_size=4, coupled=True, on_host=on_host)
+    model = builder(normalised_loss, params, (x, y))
+    parts = [jnp.arange(12)[i::3] for i in range(3)]
+    slopes = [
+        np.ravel(jax.grad(normalised_loss)(params, x[part], y[part])["w"])
+        for part in parts
+    ]
+    rows = np.stack(slopes)
+    found = np.asarray(cast(Any, model.curvature).rows)
+    np.testing.assert_allclose(found, (4 / 3) ** 0.5 * rows, atol=1e-12)
+    np.testing.assert_allclose(np.ravel(model.gradient["w"]), rows.mean(0), atol=1e-12)
+    with pytest.raises(ValueError, match="coupled=True"):
+        fisher(rows=3, batch_size=4)(normalised_loss, params, (x, y))
 
 
 # --- solvers --------------------------------------------------------------------------
@@ -633,6 +709,8 @@ def test_rows_with_nan_are_refused():
         ({"ridge": -1.0}, "ridge"),
         ({"ridge": float("nan")}, "ridge"),
         ({"implicit": True, "blocks": 5}, "either"),
+        ({"coupled": True}, "mini-batches"),
+        ({"coupled": True, "batch_size": 2, "implicit": True}, "mini-batches"),
         ({"key": jax.random.key(0)}, "draws nothing"),
     ],
 )

@@ -7,7 +7,8 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import NamedTuple, Self
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -20,31 +21,48 @@ from sparserec._types import Mask, Params, Scalar
 from sparserec.quadratic._push_through import push_through
 
 _SCRATCH = 1 << 24  # entries of the systems that are solved side by side
-_BUFFERS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # shares of a block's width
+_FILLED = 3 / 4  # of a block's width is the least that a batch holds
+_BUFFERS = (1 / 8, 1 / 4, 1 / 2, 1)  # shares of a block's width
 
 
 class BlockLayout(NamedTuple):
-    """Where blocks lie: runs of consecutive entries, by batches of equal width.
+    """Where blocks lie: runs of consecutive entries, by batches of similar width.
+
+    Entries are ordered output by output within a leaf: its last axis goes first.
 
     Attributes:
-      size: number of entries in all.
+      shapes: of the leaves, in tree order.
       batches: for every batch the `(start, length)` of its blocks; the width of a
         batch is the longest of them, shorter blocks are padded.
     """
 
-    size: int
+    shapes: tuple[tuple[int, ...], ...]
     batches: tuple[tuple[tuple[int, int], ...], ...]
+
+    @property
+    def size(self) -> int:
+        """Number of entries in all."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    def order(self) -> np.ndarray:
+        """Flat indices of the entries, output by output, int32, shape `(n,)`."""
+        places = np.arange(self.size, dtype=np.int32)
+        edges = np.cumsum([math.prod(shape) for shape in self.shapes])[:-1]
+        leaves = [
+            np.moveaxis(part.reshape(shape), -1, 0).reshape(-1) if shape else part
+            for part, shape in zip(np.split(places, edges), self.shapes, strict=True)
+        ]
+        return np.concatenate(leaves)
 
     def index(self) -> list[np.ndarray]:
         """Entries of every block, int32, shape `(b, w)` per batch; padded with n."""
-        found = []
+        found, order = [], np.append(self.order(), np.int32(self.size))
         for batch in self.batches:
             width = max(length for _, length in batch)
             offsets = np.arange(width)[None]
             starts = np.array([start for start, _ in batch])[:, None]
             lengths = np.array([length for _, length in batch])[:, None]
-            places = np.where(offsets < lengths, starts + offsets, self.size)
-            found.append(places.astype(np.int32))
+            found.append(order[np.where(offsets < lengths, starts + offsets, -1)])
         return found
 
     def cut(self, flat: Float[Array, "*m n"]) -> list[Float[Array, "b *m w"]]:
@@ -57,44 +75,65 @@ class BlockLayout(NamedTuple):
 
     def join(self, parts: list[Float[Array, "b w"]]) -> Float[Array, "n"]:
         """The flat vector whose blocks these are."""
-        flat = jnp.zeros(self.size, parts[0].dtype)
-        for index, part in zip(self.index(), parts, strict=True):
-            flat = flat.at[index.reshape(-1)].set(part.reshape(-1), mode="drop")
-        return flat
+        index = np.concatenate([x.reshape(-1) for x in self.index()])
+        places = np.zeros(self.size + 1, np.int32)
+        places[index] = np.arange(index.size)
+        return jnp.concatenate([part.reshape(-1) for part in parts])[places[:-1]]
 
 
-def block_layout(sizes: list[int], width: int | None) -> BlockLayout:
-    """Blocks aligned with leaves: whole leaves, or equal parts of at most `width`.
+def _edges(shape: tuple[int, ...], width: int) -> list[int]:
+    """Ends of the blocks of one leaf: whole outputs, or even parts of each."""
+    outputs = shape[-1] if len(shape) > 1 else 1
+    inputs = math.prod(shape) // max(outputs, 1)
+    if not inputs:
+        return []
+    if inputs > width:
+        parts = math.ceil(inputs / width)
+        ends = [inputs * (i + 1) // parts for i in range(parts)]
+        return [inputs * output + end for output in range(outputs) for end in ends]
+    count = math.ceil(outputs / (width // inputs))
+    return [inputs * (outputs * (i + 1) // count) for i in range(count)]
+
+
+def block_layout(shapes: Sequence[tuple[int, ...]], width: int | None) -> BlockLayout:
+    """Blocks aligned with leaves and with outputs, the last axis of a matrix.
 
     Args:
-      sizes: entries of every leaf.
-      width: largest block; `None` for one block per leaf.
+      shapes: of the leaves.
+      width: largest block: it holds all weights of as many outputs as fit, or an even
+        part of those of one output; a leaf with one axis is one output. `None` for
+        one block per leaf.
 
     Returns:
-      The layout: all blocks in one batch where there is a width, padded to the
-      widest, else a batch for every distinct size of a leaf.
+      The layout; blocks padded by less than a quarter share a batch.
     """
-    starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
-    if width is None:
-        distinct = sorted(set(sizes))
-        return BlockLayout(
-            starts[-1],
-            tuple(
-                tuple(
-                    (s, size)
-                    for s, size in zip(starts, sizes, strict=False)
-                    if size == wanted
-                )
-                for wanted in distinct
-                if wanted
-            ),
-        )
-    blocks = []
-    for start, size in zip(starts, sizes, strict=False):
-        count = math.ceil(size / width)
-        edges = [start + size * i // count for i in range(count + 1)] if count else []
-        blocks += [(a, b - a) for a, b in itertools.pairwise(edges)]
-    return BlockLayout(starts[-1], (tuple(blocks),))
+    blocks, start = [], 0
+    for shape in shapes:
+        size = math.prod(shape)
+        ends = ([size] if size else []) if width is None else _edges(shape, width)
+        for begin, end in itertools.pairwise([0, *ends]):
+            blocks.append((start + begin, end - begin))
+        start += size
+    batches: list[list[tuple[int, int]]] = []
+    for block in sorted(blocks, key=lambda block: (-block[1], block[0])):
+        if not batches or block[1] < _FILLED * batches[-1][0][1]:
+            batches.append([])
+        batches[-1].append(block)
+    return BlockLayout(tuple(map(tuple, shapes)), tuple(map(tuple, batches)))
+
+
+class Minimum(NamedTuple):
+    """The minimiser of a quadratic on a support.
+
+    Attributes:
+      step: from the center, shaped like the params.
+      value: of the quadratic there, relative to the center, shape `()`.
+      status: as in `LinearSolve`.
+    """
+
+    step: Params
+    value: Scalar
+    status: Int[Array, ""]
 
 
 @functools.partial(
@@ -140,12 +179,17 @@ class BlockLowRank:
             rows = self._wide(rows)
             return matmul(matmul(rows, part), rows) + self.ridge * part
 
+        def all_blocks(flat: Array) -> Array:
+            parts = [
+                jax.lax.map(lambda pair: product(*pair), (rows, part))
+                for rows, part in zip(self.rows, self._split(flat), strict=True)
+            ]
+            return self.blocks.join(parts)
+
+        # Solvers begin at the center of their model: that step takes no pass.
         flat = self._wide(_tree.flatten(v))
-        parts = [
-            jax.lax.map(lambda pair: product(*pair), (rows, part))
-            for rows, part in zip(self.rows, self._split(flat), strict=True)
-        ]
-        return self._joined(parts, v)
+        found = jax.lax.cond(jnp.any(flat != 0), all_blocks, jnp.zeros_like, flat)
+        return _tree.cast_like(self.layout.split(found), v)
 
     def quadratic_form(self, v: Params) -> Scalar:
         r"""$v^\top H v$: one pass over the rows."""
@@ -192,11 +236,37 @@ class BlockLowRank:
         targets = self._split(self._wide(_tree.flatten(rhs)))
         values, succeeded = [], jnp.bool_(True)
         for rows, support, target in zip(self.rows, supports, targets, strict=True):
-            value, good = _solve_blocks(rows, support, target, shift)
+            value, good = _each_block(_apply_solve, shift, rows, support, target)
             values.append(value)
             succeeded &= jnp.all(good)
         solution = self._joined(values, rhs)
         return LinearSolve(solution, _linsolve.direct_status(succeeded, solution))
+
+    def minimise_on(
+        self, mask: Mask, slope: Params, start: Params, damping: Scalar
+    ) -> Minimum:
+        r"""The minimiser on a support of a quadratic with this matrix, in one pass.
+
+        Of $\langle g,d\rangle + \tfrac12 d^\top (H+\lambda I)d$ for the slope $g$. Off
+        the support, and everywhere if the solve fails, $d$ stays what `start` is.
+        """
+        shift = self.ridge + jnp.asarray(damping, self.ridge.dtype)
+        flat = self._wide(_tree.flatten(slope)), self._wide(_tree.flatten(start))
+        supports = self._split(_tree.flatten(mask))
+        slopes, starts = (self._split(x) for x in flat)
+        steps, values, succeeded = [], [], jnp.bool_(True)
+        for given in zip(self.rows, supports, slopes, starts, strict=True):
+            step, value, good = _each_block(_minimise_block, shift, *given)
+            steps.append(step)
+            values.append(jnp.sum(value, axis=0))
+            succeeded &= jnp.all(good)
+        moved = self.blocks.join(steps)
+        before, after = functools.reduce(jnp.add, values)
+        status = _linsolve.direct_status(succeeded, moved)
+        usable = _linsolve.usable(status)
+        step = self.layout.split(jnp.where(usable, moved, flat[1]))
+        value = jnp.where(usable, after, before)
+        return Minimum(_tree.cast_like(step, start), value, status)
 
     def inverse_diagonal(self, damping: Scalar) -> Params:
         r"""Diagonal of $(H+\lambda I)^{-1}$; NaN where it does not exist."""
@@ -227,28 +297,53 @@ class BlockLowRank:
         return dataclasses.replace(self, ridge=jnp.asarray(ridge, self.ridge.dtype))
 
 
-def _solve_blocks(
-    rows: Float[Array, "b m w"],
-    support: Bool[Array, "b w"],
-    target: Float[Array, "b w"],
-    shift: Scalar,
-) -> tuple[Float[Array, "b w"], Bool[Array, "b"]]:
-    """All blocks of a batch: side by side, or on CPU with no more work than needed."""
+def _each_block(function: Callable, shift: Scalar, rows: Array, *rest: Array) -> Any:
+    """All blocks of a batch: side by side, or on CPU with no more work than needed.
+
+    `function(solve, shift, rows, *rest)` of one block solves by `solve`.
+    """
     side_by_side = max(1, _SCRATCH // (rows.shape[2] * sum(rows.shape[1:])))
 
     def on_cpu(*given: Array):
-        return jax.lax.map(lambda block: _solve_in_buffer(shift, *block), given)
+        return jax.lax.map(
+            lambda block: function(_solve_in_buffer, shift, *block), given
+        )
 
     def elsewhere(*given: Array):
         return jax.lax.map(
-            lambda block: _solve_block(shift, *block),
+            lambda block: function(_solve_block, shift, *block),
             given,
             batch_size=min(side_by_side, rows.shape[0]),
         )
 
-    return jax.lax.platform_dependent(
-        rows, support, target, cpu=on_cpu, default=elsewhere
-    )
+    return jax.lax.platform_dependent(rows, *rest, cpu=on_cpu, default=elsewhere)
+
+
+def _apply_solve(solve: Callable, shift: Scalar, *given: Array) -> tuple[Array, Array]:
+    return solve(shift, *given)
+
+
+def _minimise_block(
+    solve: Callable,
+    shift: Scalar,
+    rows: Float[Array, "m w"],
+    support: Bool[Array, "w"],
+    slope: Float[Array, "w"],
+    start: Float[Array, "w"],
+) -> tuple[Float[Array, "w"], Float[Array, "2"], Bool[Array, ""]]:
+    """The step to the minimiser of one block; values at the start and there."""
+    wide = rows.astype(slope.dtype)
+    product = matmul(wide, start)
+    target = slope + matmul(product, wide) + shift * start
+    found, good = solve(shift, rows, support, target)
+    step = start - found
+
+    def value(step: Array, product: Array) -> Array:
+        bend = jnp.vdot(product, product) + shift * jnp.vdot(step, step)
+        return jnp.vdot(slope, step) + jnp.asarray(0.5, bend.dtype) * bend
+
+    after = value(step, product - matmul(wide, found))
+    return step, jnp.stack([value(start, product), after]), good
 
 
 def _solve_in_buffer(

@@ -51,6 +51,7 @@ class Fisher:
       chunk_size: rows' units computed at a time, or `None` for a size that bounds
         the memory.
       on_host: whether the loop over chunks runs in Python.
+      coupled: whether the examples of a row act on each other.
     """
 
     rows: int | None = None
@@ -67,6 +68,7 @@ class Fisher:
     blocks: int | Literal["leaf"] | None = None
     chunk_size: int | None = None
     on_host: bool = False
+    coupled: bool = False
 
     def loss(self, params: Params, *args: Any) -> Scalar:
         """The loss of the outputs: `loss(params, *inputs, targets)`."""
@@ -85,9 +87,10 @@ class Fisher:
     def check(self, loss_fn: LossFn, params: Params, args: tuple) -> None:
         """Raises a `ValueError` unless the loss is a mean over single examples.
 
-        Does nothing where the params or the data are traced: there are no values.
+        Does nothing where the params or the data are traced: there are no values; nor
+        where examples are coupled: no loss of a single one exists.
         """
-        if _input.is_traced((loss_fn, params, args)):
+        if self.coupled or _input.is_traced((loss_fn, params, args)):
             return
         _input.check_mean(loss_fn, params, args)
         if self.kind != "empirical":
@@ -157,10 +160,12 @@ class Fisher:
         units = _input.number_of_units(self.rows, self.batch_size, per_unit, total)
         blocks = None
         if self.blocks is not None:
-            sizes = [math.prod(shape) for shape in _tree.layout(params).shapes]
-            blocks = block_layout(sizes, None if self.blocks == "leaf" else self.blocks)
+            width = None if self.blocks == "leaf" else self.blocks
+            blocks = block_layout(_tree.layout(params).shapes, width)
         chunk = self.chunk_size
-        if chunk is None:
+        if chunk is None and self.on_host and self.batch_size > 1:
+            chunk = 1
+        elif chunk is None:
             chunk = chunk_of(units, self.batch_size, per_unit, _tree.size(params))
         return RowSpec(
             kind=self.kind,
@@ -193,6 +198,7 @@ def fisher(
     blocks: int | Literal["leaf"] | None = None,
     chunk_size: int | None = None,
     on_host: bool = False,
+    coupled: bool = False,
 ) -> Fisher:
     r"""Curvature from gradient rows, for the `curvature=` of any solver.
 
@@ -203,7 +209,7 @@ def fisher(
       + \tfrac12 (w-c)^\top\Bigl(\tfrac Bm X^\top X + \rho I\Bigr)(w-c).$$
 
     `loss_fn(params, *args)` must be a mean over the leading axis of `args`: an
-    example is a slice of length one.
+    example is a slice of length one. Only `coupled` rows take other losses.
 
     Args:
       rows: m; by default as many as the data give. `args` must hold at least m
@@ -233,13 +239,21 @@ def fisher(
       implicit: store inputs and slopes of dense layers in place of their rows,
         which are found by reading the loss; for layers of any size, few examples a
         row.
-      blocks: block-diagonal curvature: `"leaf"`, or the largest width of blocks,
-        into which leaves are cut evenly.
+      blocks: block-diagonal curvature: `"leaf"`, or the largest width of blocks. A
+        block holds the weights of as many outputs (the last axis of a leaf) as fit,
+        or an even part of those of one output: weights that read different inputs
+        of one output can make up for each other, those of different outputs cannot.
       chunk_size: rows (for `"gauss_newton"`: examples) computed at a time; by
         default so many that a chunk stays below about 8 MB.
       on_host: loop over the chunks in Python, around one compiled step: for
         convolutions on CPU, which are slow inside compiled loops. Not for use in
-        compiled code.
+        compiled code. Rows of mini-batches then come one at a time by default.
+      coupled: the examples of a row act on each other, as in batch normalisation in
+        training mode: a row is the gradient of the loss of its own mini-batch, and
+        the model is one of the mean loss over mini-batches. For networks whose batch
+        statistics are estimated again after pruning, see
+        `sparserec.training.recalibrate`: rows with fixed statistics charge for
+        changes that the new statistics undo. The form of the loss is not checked.
 
     Returns:
       A curvature builder. Its models have a `LowRank` curvature; with `blocks` a
@@ -257,6 +271,7 @@ def fisher(
     al. (2023) on rows of mini-batches.
     """
     _input.check_options(kind, batch_size, predict_fn, output_loss_fn, implicit, blocks)
+    _input.check_coupled(coupled, batch_size, implicit)
     for name, value in (("rows", rows), ("batch_size", batch_size)):
         _input.check_count(name, value)
     _input.check_count("chunk_size", chunk_size)
@@ -292,6 +307,7 @@ def fisher(
         blocks=blocks,
         chunk_size=chunk_size,
         on_host=on_host,
+        coupled=coupled,
     )
 
 

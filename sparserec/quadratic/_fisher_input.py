@@ -45,6 +45,14 @@ def check_options(kind, batch_size, predict_fn, output_loss_fn, implicit, blocks
         )
 
 
+def check_coupled(coupled: bool, batch_size: int, implicit: bool) -> None:
+    if coupled and (batch_size == 1 or implicit):
+        raise ValueError(
+            "`coupled=True` has rows of mini-batches, written out: pass `batch_size` "
+            "of at least 2, and leave `implicit` out."
+        )
+
+
 def hashable_key(key: Array) -> tuple[str, tuple]:
     """A PRNG key as words, so that builders can be static arguments."""
     if not isinstance(key, jax.Array) or isinstance(key, Tracer):
@@ -125,7 +133,8 @@ def check_mean(loss_fn: LossFn, params: Params, args: tuple) -> None:
         "`args`. It may be a sum (divide by the number of examples), a mean over "
         "another axis than the first, a weighted mean, or a network whose batch "
         "statistics are in training mode (call it with the running ones, for example "
-        "`use_running_average=True` or `model.eval()`)."
+        "`use_running_average=True` or `model.eval()`, or, if that is meant, pass "
+        "`coupled=True`)."
     )
     try:
         together, apart, size = _both_means(as_pytree(loss_fn), params, some)

@@ -194,6 +194,15 @@ class _Chunk(NamedTuple):
     rows: Any
 
 
+def _each_unit(count: int, keys: Any, data: tuple, function: Callable) -> Any:
+    """What a function of a key and the data of a unit gives for every unit."""
+    if count > 1:
+        return jax.vmap(function)(keys, data)
+    # Gradients of a mini-batch through convolutions are far slower under vmap.
+    found = function(*jax.tree.map(lambda x: x[0], (keys, data)))
+    return jax.tree.map(lambda x: x[None], found)
+
+
 def _row_axis(spec: RowSpec) -> int:
     return 0 if spec.blocks is None else 1
 
@@ -218,19 +227,20 @@ def _chunk(
     keys = (
         None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(places)
     )
+    each = functools.partial(_each_unit, spec.chunk, keys, data)
     if spec.implicit:
-        values, factors = jax.vmap(
+        values, factors = each(
             lambda unit_key, unit: _unit_leaves(spec, loss_fn, params, unit_key, unit)
-        )(keys, data)
+        )
         new = (places >= begin).astype(values.dtype)
         slope = jnp.concatenate(
             [leaf.transposed_times(new.astype(leaf.dtype)) for leaf in factors]
         )
         stored = [leaf.scaled(spec.scale, spec.dtype) for leaf in factors]
         return _Chunk(jnp.vdot(new, values), slope, stored)
-    values, rows = jax.vmap(
+    values, rows = each(
         lambda unit_key, unit: _unit_rows(spec, loss_fn, params, unit_key, unit)
-    )(keys, data)
+    )
     rows = rows.reshape(-1, rows.shape[-1])
     new = (places >= begin).astype(values.dtype)
     weights = jnp.repeat(new, spec.per_unit).astype(rows.dtype)

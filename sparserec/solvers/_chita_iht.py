@@ -31,6 +31,7 @@ from sparserec.solvers._chita_rows import (
 _TRIALS = 5  # lengths beyond the first change of the support, tried at once
 _REACH = 64.0  # the shortest of them is at least the exact length over this
 _FIRST_LENGTHS = (0.0, 0.5, 1.0, 2.0)  # of the thresholded step, over the exact one
+_FLOOR = 1e-4  # of a diagonal that is taken to a negative power, over its mean
 _ROOM = 1.5  # size of the active set relative to the support
 _ROUNDS = 3  # active sets, at most
 
@@ -187,12 +188,24 @@ def first_point(problem: RowProblem, budget: Budget, start: Array) -> Point:
     return point_at(problem, jnp.where(mask, start, 0), mask)
 
 
-def thresholded_step(problem: RowProblem, budget: Budget, start: Array) -> Point:
+def metric(diagonal: Float[Array, "n"], power: Scalar) -> Float[Array, "n"]:
+    """A power of a diagonal in units of its mean; ones where it is not positive."""
+    mean = jnp.mean(diagonal)
+    share = jnp.where(mean > 0, diagonal / jnp.where(mean > 0, mean, 1), 1)
+    # Columns of zeros would be infinitely important for negative powers.
+    floor = jnp.where(power < 0, jnp.asarray(_FLOOR, share.dtype), 0)
+    return jnp.where(power == 0, 1, jnp.maximum(share, floor) ** power)
+
+
+def thresholded_step(
+    problem: RowProblem, budget: Budget, start: Array, power: Scalar | float = 1.0
+) -> Point:
     r"""The best of several lengths of a scaled gradient step, thresholded.
 
-    With $D$ the diagonal of the curvature, entries $v$ of a step along
-    $(D + \bar D)^{-1} g$ compete by $\sqrt{D}\,|v|$: by what their loss costs, to
-    second order and apart from all others. Four passes over the rows.
+    With $D$ the diagonal of the curvature to some power, entries $v$ of a step along
+    $(D + \bar D)^{-1} g$ compete by $\sqrt{D}\,|v|$: for the diagonal itself by what
+    their loss costs, to second order and apart from all others. Four passes over the
+    rows.
     """
     step = start - problem.center
     # Trained weights are mostly the center itself, where the gradient is known.
@@ -202,9 +215,9 @@ def thresholded_step(problem: RowProblem, budget: Budget, start: Array) -> Point
         lambda: problem.gradient,
     )
     diagonal = _linsolve.column_dots(problem.rows, problem.rows) + problem.ridge
-    mean = jnp.mean(diagonal)
-    direction = slope / jnp.where(mean > 0, diagonal + mean, 1)
-    scale = jnp.where(mean > 0, jnp.sqrt(diagonal), 1)
+    weights = metric(diagonal, jnp.asarray(power, diagonal.dtype))
+    direction = slope / (weights + jnp.mean(weights))
+    scale = jnp.sqrt(weights)
 
     def chosen(params: Array) -> Array:
         return largest(scale * params, budget, problem.layout)
@@ -335,6 +348,7 @@ def search_from_both(
     *,
     tol: Scalar,
     max_steps: Int[Array, ""] | int,
+    power: Scalar | float = 1.0,
 ) -> tuple[Point, Bool[Array, ""]]:
     """IHT from the projection of a start and, where it converged, from another point.
 
@@ -349,7 +363,7 @@ def search_from_both(
         begin = jax.lax.cond(
             before.number == 0,
             lambda: before.point,
-            lambda: thresholded_step(problem, budget, start),
+            lambda: thresholded_step(problem, budget, start, power),
         )
         end = search(problem, budget, begin, tol=tol, max_steps=max_steps)
         point = better(before.point, end.point)

@@ -5,9 +5,9 @@ at that minimiser, under the factorisation at hand, correct it at the price of a
 passes over the examples: no rows are computed, and nothing is factorised again.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -29,27 +29,45 @@ class _State(NamedTuple):
     number: Int[Array, ""]
 
 
-def _solver(
+class _Factored(NamedTuple):
+    gram: Float[Array, "m m"]
+    factor: Float[Array, "m m"]
+    shift: Scalar
+
+
+# Compiled for solvers whose loop runs on the host: piece by piece they would compile
+# again at every call.
+@jax.jit
+def _factored(
     model: QuadraticModel, mask: Mask, ridge: Scalar, gram: Float[Array, "m m"] | None
-) -> Callable[[Params], Params]:
-    """Newton steps on a support, factorised once where the curvature is rows."""
+) -> _Factored | None:
     if not isinstance(model.curvature, LowRank):
-        return lambda slope: _tree.scale(
-            -1, model.curvature.solve_on(mask, slope, ridge).value
-        )
-    problem, support = row_problem(model), _tree.flatten(mask)
-    gram = kernel(problem.rows, support) if gram is None else gram
+        return None
+    problem = row_problem(model)
+    gram = kernel(problem.rows, _tree.flatten(mask)) if gram is None else gram
     shift = positive_ridge(problem.ridge + ridge.astype(gram.dtype), gram)
     identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
-    factor = _linsolve.cholesky(gram + shift * identity)
-    dual, still = jnp.zeros(gram.shape[0], gram.dtype), jnp.zeros_like(problem.center)
+    return _Factored(gram, _linsolve.cholesky(gram + shift * identity), shift)
 
-    def solve(slope: Params) -> Params:
-        split = Split(dual, _tree.flatten(slope).astype(gram.dtype))
-        found = solve_with(problem, support, gram, factor, shift, split, still)
-        return problem.layout.split(found.step)
 
-    return solve
+@jax.jit
+def _newton(
+    model: QuadraticModel,
+    mask: Mask,
+    ridge: Scalar,
+    factored: _Factored | None,
+    slope: Params,
+) -> Params:
+    """The Newton step on a support, factorised before where the curvature is rows."""
+    if factored is None:
+        solved = model.curvature.solve_on(mask, _tree.keep(mask, slope), ridge)
+        return _tree.scale(-1, solved.value)
+    problem, support = row_problem(model), _tree.flatten(mask)
+    gram, factor, shift = factored
+    none, still = jnp.zeros(gram.shape[0], gram.dtype), jnp.zeros_like(problem.center)
+    live = jnp.where(support, _tree.flatten(slope).astype(gram.dtype), 0)
+    found = solve_with(problem, support, gram, factor, shift, Split(none, live), still)
+    return problem.layout.split(found.step)
 
 
 def refine(
@@ -77,11 +95,11 @@ def refine(
     Returns:
       Params whose loss on the judging examples is nowhere above that at the start.
     """
-    solve = _solver(model, mask, ridge, gram)
+    factored = _factored(model, mask, ridge, gram)
 
     def body(now: _State) -> _State:
         slope = objective.gradient(now.params, examples.build)
-        step = solve(_tree.keep(mask, slope))
+        step = _newton(model, mask, ridge, factored, slope)
         trials = [_tree.add_scaled(now.params, length, step) for length in _LENGTHS]
         best, value = now.params, now.value
         for trial in trials:

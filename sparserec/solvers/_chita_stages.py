@@ -139,7 +139,11 @@ def step(
     now = stage_budget(options, budget, index)
     dtype = _tree.dtype(state.params)
     ridges = limits.ridges.astype(dtype)
-    limits = limits._replace(ridges=ridges, tol=limits.tol.astype(dtype))
+    limits = limits._replace(
+        ridges=ridges,
+        tol=limits.tol.astype(dtype),
+        metric=limits.metric.astype(dtype),
+    )
     found = _candidates(
         options.variant, model, state.params, now, limits, given=objective.is_quadratic
     )
@@ -179,6 +183,8 @@ def _judged(
     """The lowest value among the answers, one for every ridge, and whose it is."""
 
     def judge(i: int) -> Scalar:
+        if objective.is_quadratic and found.value is not None:
+            return found.value[i]
         params = jax.tree.map(lambda x: x[i], found.params)
         if objective.is_quadratic:
             return _with_ridge(model, params, ridges[i])

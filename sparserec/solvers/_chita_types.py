@@ -18,12 +18,14 @@ class Limits(NamedTuple):
       exchanges: rounds of exchanges, shape `()`.
       tol: of the steps within a stage, shape `()`.
       max_steps: IHT steps or passes within a stage, shape `()`.
+      metric: power of the diagonal by which weights compete, shape `()`.
     """
 
     ridges: Float[Array, "l"]
     exchanges: Int[Array, ""]
     tol: Scalar
     max_steps: Int[Array, ""]
+    metric: Scalar
 
 
 class Found(NamedTuple):
@@ -36,6 +38,7 @@ class Found(NamedTuple):
       status: `CONVERGED`, or why the solve failed.
       kernel: of the support, where all ridges share one and it was formed; without
         a leading axis, else `None`.
+      value: of the model with the ridge, where it is known, else `None`.
     """
 
     params: Params
@@ -43,6 +46,7 @@ class Found(NamedTuple):
     converged: Bool[Array, "l"]
     status: Int[Array, "l"]
     kernel: Float[Array, "m m"] | None = None
+    value: Float[Array, "l"] | None = None
 
 
 def for_each(solve: Callable[[Scalar], Found], ridges: Float[Array, "l"]) -> Found:

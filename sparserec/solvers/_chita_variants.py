@@ -14,6 +14,7 @@ from sparserec._linsolve import matmul
 from sparserec._types import Mask, Params, Scalar, Status
 from sparserec.budget import Budget
 from sparserec.quadratic import LowRank, QuadraticModel
+from sparserec.quadratic._block_rows import BlockLowRank
 from sparserec.quadratic._gradient_curvature import GradientRows
 from sparserec.solvers import (
     _chita_descent,
@@ -30,6 +31,8 @@ from sparserec.solvers._chita_rows import (
     row_problem,
 )
 from sparserec.solvers._chita_types import Found, Limits, for_each
+
+_LENGTHS = 0.0, 0.5, 1.0, 2.0  # of a step, relative to the exact one on the support
 
 
 class _Answer(NamedTuple):
@@ -77,7 +80,12 @@ def _iht(problem: RowProblem, start: Array, budget: Budget, limits: Limits) -> _
     def solve(ridge: Scalar) -> _Answer:
         ridged = _with(problem, ridge)
         point, converged = _chita_iht.search_from_both(
-            ridged, budget, start, tol=limits.tol, max_steps=limits.max_steps
+            ridged,
+            budget,
+            start,
+            tol=limits.tol,
+            max_steps=limits.max_steps,
+            power=limits.metric,
         )
         return _answer(point, converged)
 
@@ -89,7 +97,7 @@ def _descent(
 ) -> _Answer:
     def solve(ridge: Scalar) -> _Answer:
         ridged = _with(problem, ridge)
-        first = _chita_iht.thresholded_step(ridged, budget, start)
+        first = _chita_iht.thresholded_step(ridged, budget, start, limits.metric)
         end = _chita_descent.descend(
             ridged,
             first,
@@ -117,7 +125,7 @@ def _backsolve(
     problem: RowProblem, start: Array, budget: Budget, limits: Limits
 ) -> _Answer:
     ridged = _with(problem, _middle(limits.ridges))
-    mask = _chita_iht.thresholded_step(ridged, budget, start).mask
+    mask = _chita_iht.thresholded_step(ridged, budget, start, limits.metric).mask
     split = split_gradient(problem, jnp.min(limits.ridges))
     return _solved(problem, mask, split, limits.ridges)
 
@@ -126,7 +134,7 @@ def _best(problem: RowProblem, start: Array, budget: Budget, limits: Limits) -> 
     """IHT and one thresholded step each choose a support; the better is polished."""
     ridged = _with(problem, _middle(limits.ridges))
     split = split_gradient(problem, jnp.min(limits.ridges))
-    one = _chita_iht.thresholded_step(ridged, budget, start)
+    one = _chita_iht.thresholded_step(ridged, budget, start, limits.metric)
     many = _chita_iht.search(
         ridged, budget, one, tol=limits.tol, max_steps=limits.max_steps
     )
@@ -193,49 +201,70 @@ def _on_rows(solve: Callable[..., _Answer]) -> Callable[..., Found]:
         dtype = problem.rows.dtype
         start = _tree.flatten(params).astype(dtype)
         limits = limits._replace(
-            ridges=limits.ridges.astype(dtype), tol=limits.tol.astype(dtype)
+            ridges=limits.ridges.astype(dtype),
+            tol=limits.tol.astype(dtype),
+            metric=limits.metric.astype(dtype),
         )
         return _found(problem, solve(problem, start, budget, limits))
 
     return variant
 
 
-def _steps_by_gradient(
-    model: QuadraticModel, params: Params, budget: Budget, ridge: Scalar
-) -> list[tuple[Params, Mask]]:
-    """Thresholded steps as in `_chita_iht.thresholded_step`, for any curvature.
+def _support_by_gradient(
+    model: QuadraticModel, params: Params, budget: Budget, limits: Limits
+) -> Mask:
+    """The support of a thresholded step as in `_chita_iht`, for any curvature.
 
     Where the curvature knows no diagonal, the metric is the plain one.
     """
-    curvature, slope = model.curvature, model.at(params).gradient
+    curvature, ridge = model.curvature, _middle(limits.ridges)
+    slope = jax.lax.cond(
+        jnp.any(_tree.flatten(_tree.sub(params, model.center)) != 0),
+        lambda: model.at(params).gradient,
+        lambda: model.gradient,
+    )
     if hasattr(curvature, "diagonal"):
-        diagonal = jax.tree.map(
-            lambda d: d + ridge.astype(d.dtype), curvature.diagonal()
+        diagonal = jax.lax.cond(
+            limits.metric != 0,
+            lambda: jax.tree.map(
+                lambda d, w: (d + ridge).astype(w.dtype), curvature.diagonal(), params
+            ),
+            lambda: jax.tree.map(jnp.ones_like, params),
         )
     else:
         diagonal = jax.tree.map(jnp.ones_like, params)
-    mean = jnp.mean(_tree.flatten(diagonal))
-    scale = jax.tree.map(lambda d: jnp.where(mean > 0, jnp.sqrt(d), 1), diagonal)
-    direction = jax.tree.map(
-        lambda g, d: g / jnp.where(mean > 0, d + mean, 1).astype(g.dtype),
-        slope,
-        diagonal,
-    )
+    weights = _chita_iht.metric(_tree.flatten(diagonal), limits.metric)
+    scale = _tree.layout(params).split(jnp.sqrt(weights))
+    damped = _tree.layout(params).split(weights + jnp.mean(weights))
+    direction = jax.tree.map(lambda g, d: g / d.astype(g.dtype), slope, damped)
 
     def chosen(point: Params) -> Mask:
         scores = jax.tree.map(jnp.multiply, scale, point)
         return select.support(scores, budget.counts, budget.groups)
 
-    inside = _tree.keep(chosen(params), direction)
-    bend = _tree.dot(inside, curvature.matvec(inside)) + ridge * _tree.dot(
-        inside, inside
-    )
-    length = _tree.dot(inside, slope) / jnp.where(bend > 0, bend, 1)
-    points = [
-        _tree.add_scaled(params, -x * length, direction) for x in (0, 0.5, 1.0, 2.0)
-    ]
-    masks = [chosen(x) for x in points]
-    return [(_tree.keep(m, x), m) for m, x in zip(masks, points, strict=True)]
+    first = chosen(params)
+
+    def search() -> Mask:
+        inside = _tree.keep(first, direction)
+        bend = _tree.dot(inside, curvature.matvec(inside))
+        bend += ridge * _tree.dot(inside, inside)
+        length = _tree.dot(inside, slope) / jnp.where(bend > 0, bend, 1)
+        lengths = length * jnp.asarray(_LENGTHS, length.dtype)
+        masks = jax.vmap(
+            lambda length: chosen(_tree.add_scaled(params, -length, direction))
+        )(lengths)
+
+        def value(trial: tuple[Scalar, Mask]) -> Scalar:
+            point = _tree.add_scaled(params, -trial[0], direction)
+            return model(_tree.keep(trial[1], point))
+
+        # One program for all: compiling a pass over blocks takes a second.
+        best = jnp.argmin(jax.lax.map(value, (lengths, masks)))
+        return jax.tree.map(lambda x: x[best], masks)
+
+    # Without first-order term there is no step to try.
+    moves = jnp.any(_tree.flatten(direction) != 0)
+    return jax.lax.cond(moves, search, lambda: first)
 
 
 def solve_on_support(
@@ -245,9 +274,7 @@ def solve_on_support(
 
     The support is that of the best of a few thresholded gradient steps.
     """
-    trials = _steps_by_gradient(model, params, budget, _middle(limits.ridges))
-    best = jnp.argmin(jnp.stack([model(x) for x, _ in trials]))
-    mask = jax.tree.map(lambda *xs: jnp.stack(xs)[best], *[m for _, m in trials])
+    mask = _support_by_gradient(model, params, budget, limits)
     return refit(model, params, mask, limits.ridges)
 
 
@@ -255,13 +282,19 @@ def refit(
     model: QuadraticModel, params: Params, mask: Mask, ridges: Float[Array, "l"]
 ) -> Found:
     """The minimiser on one support for every ridge, by the curvature's own solve."""
+    curvature = model.curvature
+    masked = _tree.keep(mask, params)
+    distance = _tree.sub(masked, model.center)
 
     def solve(ridge: Scalar) -> Found:
-        masked = _tree.keep(mask, params)
-        distance = _tree.sub(masked, model.center)
-        pull = _tree.add_scaled(model.curvature.matvec(distance), ridge, distance)
+        if isinstance(curvature, BlockLowRank):
+            least = curvature.minimise_on(mask, model.gradient, distance, ridge)
+            refitted = _tree.keep(mask, _tree.add(model.center, least.step))
+            value = (model.value + least.value).astype(model.value.dtype)
+            return Found(refitted, mask, jnp.bool_(True), least.status, value=value)
+        pull = _tree.add_scaled(curvature.matvec(distance), ridge, distance)
         slope = _tree.keep(mask, _tree.add(model.gradient, pull))
-        solved = model.curvature.solve_on(mask, slope, ridge)
+        solved = curvature.solve_on(mask, slope, ridge)
         usable = _linsolve.usable(solved.status)
         refitted = _tree.where(usable, _tree.sub(masked, solved.value), masked)
         return Found(refitted, mask, jnp.bool_(True), solved.status)

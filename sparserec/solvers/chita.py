@@ -61,6 +61,7 @@ def chita(
     ridge: Ridge = 0.0,
     held_out: float | None = None,
     exchanges: int = 20,
+    metric: Scalar | float = 1.0,
     refinements: int = 0,
     prunable: Prunable = matrices,
     batch_size: int | None = None,
@@ -115,6 +116,9 @@ def chita(
         0.1 where there are several ridges, else none. Static.
       exchanges: rounds of exchanges of weights in each stage of `"best"` and
         `"cbs"`; traced.
+      metric: power p of the diagonal D of the curvature in the thresholded step, in
+        which weights compete by $D_i^{p/2}|v_i|$: 1 by what their loss costs to
+        second order, 0 by magnitude as published. Traced.
       refinements: further steps on the support at the end of each stage, from fresh
         gradients of the loss under the curvature at hand; each is taken, in full or
         in part, where it lowers the loss on the held-out examples, or on all where
@@ -173,6 +177,7 @@ def chita(
         jnp.asarray(exchanges, jnp.int32),
         jnp.asarray(tol),
         jnp.asarray(max_steps, jnp.int32),
+        jnp.asarray(metric, float),
     )
     return _front.solve(
         lambda objective, _: chita_solver(objective, options=options, limits=limits),
