@@ -27,11 +27,12 @@ from sparserec.budget import Budget, keep, make_budget, matrices
 from sparserec.select import apply_mask
 from sparserec.solvers._chita_path import chita_path, compress_rows
 from sparserec.solvers._descent import Descent
+from sparserec.solvers.certificate import Certificate, certificate
 from sparserec.solvers.chita import chita
 from sparserec.solvers.greedy import foba, omp
 from sparserec.solvers.iht import iht, iht_solver
 from sparserec.solvers.iobs import iobs
-from sparserec.solvers.l0cd import Certificate, certificate, l0cd
+from sparserec.solvers.l0cd import l0cd
 from sparserec.solvers.oba import oba
 from sparserec.solvers.one_shot import obd, obs
 from sparserec.solvers.pursuit import cosamp, grasp, htp, splicing, subspace_pursuit

@@ -507,7 +507,10 @@ def test_the_minimum_on_a_support_is_that_of_the_matrix(blocks, damping):
         bent[np.ix_(mask, mask)], (slope + bent @ start)[mask]
     )
     found = curvature.minimise_on(
-        *(split(jnp.asarray(x)) for x in (mask, slope, start)), damping
+        split(jnp.asarray(mask)),
+        split(jnp.asarray(slope)),
+        split(jnp.asarray(start)),
+        damping,
     )
     np.testing.assert_allclose(
         np.concatenate([np.ravel(x) for x in jax.tree.leaves(found.step)]),

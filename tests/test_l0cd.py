@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparserec import Status, _tree, quadratic
+from sparserec import Status, _tree, certificate, l0cd, quadratic
 from sparserec._run import _run_compiled
 from sparserec.budget import make_budget
 from sparserec.recovery import exhaustive
@@ -19,7 +19,6 @@ from sparserec.solvers import _search
 from sparserec.solvers._columns import make_problem
 from sparserec.solvers._coordinate import coordinate_descent
 from sparserec.solvers._escape import escape
-from sparserec.solvers.l0cd import certificate, l0cd
 
 ROWS, SIZE = 30, 12  # one set of shapes: compilation is most of the time here
 

@@ -8,8 +8,7 @@ import numpy as np
 import oracles
 import pytest
 
-from sparserec import Status, losses, quadratic, splicing
-from sparserec.solvers.l0cd import l0cd
+from sparserec import Status, l0cd, losses, quadratic, splicing
 
 LOSSES = {
     "logistic": losses.logistic,

@@ -10,13 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparserec import quadratic
+from sparserec import certificate, l0cd, quadratic
 from sparserec.budget import make_budget
 from sparserec.solvers import _swaps
 from sparserec.solvers._columns import block, columns, make_problem, product_on
 from sparserec.solvers._pairs import exchange_pairs
 from sparserec.solvers._starts import slots_of
-from sparserec.solvers.l0cd import certificate, l0cd
 
 ROWS, SIZE, SLOTS = 25, 10, 6
 

@@ -13,7 +13,7 @@ from sparserec.recovery._path_warm import warm_path
 from sparserec.recovery._record import Path
 from sparserec.solvers import _box, _front
 from sparserec.solvers._columns import rounded
-from sparserec.solvers._l0cd_steps import Weights
+from sparserec.solvers._l0cd_types import Weights
 from sparserec.solvers._selection import make_selection, most_entries
 from sparserec.solvers.l0cd import check_model
 

@@ -19,9 +19,10 @@ from sparserec._types import Count, Params, Scalar, Status, first_status
 from sparserec.budget import Budget
 from sparserec.quadratic import Objective
 from sparserec.recovery._record import Path, Records, as_path, improve
-from sparserec.solvers import _l0cd_steps
+from sparserec.solvers import _l0cd_loss
 from sparserec.solvers._columns import group_of_entries, make_problem
-from sparserec.solvers._l0cd_steps import Candidate, Weights
+from sparserec.solvers._l0cd_loss import Candidate
+from sparserec.solvers._l0cd_types import Weights
 from sparserec.solvers._starts import slots_of
 from sparserec.solvers._swaps import Slots, best_removal, factorise
 from sparserec.solvers._walk import walk
@@ -72,7 +73,7 @@ def loss_path(
     nothing = jnp.zeros((), wide)
     weights = Weights(nothing, l2, nothing, None)
     fixed = group_of_entries(budget, _tree.layout(params)) < 0
-    refit = functools.partial(_l0cd_steps.refit, objective, weights, budget, args)
+    refit = functools.partial(_l0cd_loss.refit, objective, weights, budget, args)
 
     def propose(state: _Sweep) -> tuple[Slots, Scalar, Count]:
         """What the model at the present params makes of their support."""

@@ -21,8 +21,8 @@ from sparserec.budget import Budget
 from sparserec.quadratic import Objective
 from sparserec.recovery._record import Path, monotone
 from sparserec.solvers._box import Box
-from sparserec.solvers._l0cd_steps import Options as DescentOptions
-from sparserec.solvers._l0cd_steps import Weights
+from sparserec.solvers._l0cd_types import Options as DescentOptions
+from sparserec.solvers._l0cd_types import Weights
 from sparserec.solvers._pursuit_common import Options
 from sparserec.solvers._pursuit_exchange import by_splicing, exchange_solver
 from sparserec.solvers._selection import Selection

@@ -167,8 +167,8 @@ def step(
         chosen, total = _averaged(
             objective, options, chosen, total, examples, budget, index
         )
-    if refined or averaged or examples.judge is not examples.build:
-        value = objective.value(chosen.params, args)
+    if refined or averaged:
+        value = objective.value(chosen.params, examples.judge)
     after = _next_state(options, state, chosen, value, ridges[best], now, budget)
     return after._replace(memory=total)
 
@@ -184,7 +184,7 @@ def _judged(
 
     def judge(i: int) -> Scalar:
         if objective.is_quadratic and found.value is not None:
-            return found.value[i]
+            return found.value[i].astype(ridges.dtype)
         params = jax.tree.map(lambda x: x[i], found.params)
         if objective.is_quadratic:
             return _with_ridge(model, params, ridges[i])

@@ -40,6 +40,7 @@ class _Answer(NamedTuple):
     mask: Bool[Array, "n"]
     converged: Bool[Array, ""]
     status: Int[Array, ""]
+    value: Scalar
     kernel: Float[Array, "m m"] | None = None
 
 
@@ -49,6 +50,7 @@ def _answer(point: Point, converged: Array | bool = True) -> _Answer:
         point.mask,
         jnp.asarray(converged),
         jnp.int32(Status.CONVERGED),
+        point.value,
     )
 
 
@@ -177,7 +179,8 @@ def _surgeon(
     )
     done |= limits.exchanges < 1
     answer = _solved(problem, point.mask, split, limits.ridges, done)
-    return _found(problem, answer)
+    # Its values are those of the model without its gradient.
+    return _found(problem, answer)._replace(value=None)
 
 
 def _found(problem: RowProblem, answer: _Answer) -> Found:
@@ -188,6 +191,7 @@ def _found(problem: RowProblem, answer: _Answer) -> Found:
         answer.converged,
         answer.status,
         answer.kernel,
+        answer.value,
     )
 
 

@@ -16,7 +16,13 @@ from sparserec.solvers._box import Box
 from sparserec.solvers._box_search import Placed
 from sparserec.solvers._columns import Problem, make_problem
 from sparserec.solvers._coordinate import coordinate_descent
-from sparserec.solvers._l0cd_steps import Options, Weights, mask_of, penalties
+from sparserec.solvers._l0cd_types import (
+    Options,
+    Weights,
+    fixed_entries,
+    mask_of,
+    penalties,
+)
 from sparserec.solvers._refit import Fit, Scales
 from sparserec.solvers._refit_within import refit_within
 from sparserec.solvers._starts import empty, slots_of
@@ -131,7 +137,7 @@ def _improve_loss(
     args: tuple,
 ) -> State:
     """Refits the support, and takes that of the local model if the loss falls."""
-    fixed = _l0cd_steps.fixed_entries(state.mask, budget)
+    fixed = fixed_entries(state.mask, budget)
     own = (_tree.flatten(state.mask) & (_tree.flatten(state.params) != 0)) | fixed
     present, memory = _refit(objective, options, box, state, own, args)
     model = objective.model(present.params, args)

@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from sparserec import _tree, select
 from sparserec._run import Incumbent, State
 from sparserec._types import Mask, Params, Scalar, Status
 from sparserec.budget import Budget
-from sparserec.quadratic import Objective
+from sparserec.quadratic import Objective, QuadraticModel
 
 
 def begin(
@@ -47,6 +48,19 @@ def begin(
     )
 
 
+def first_value(objective: Objective, params: Params, args: tuple) -> Scalar:
+    """The loss at the start; a model around it is not asked for a product."""
+    model = objective.loss_fn
+    if not isinstance(model, QuadraticModel):
+        return objective.value(params, args)
+    away = _tree.flatten(params) != _tree.flatten(model.center)
+    return jax.lax.cond(
+        jnp.any(away),
+        lambda: objective.value(params, args),
+        lambda: model.value.astype(_tree.dtype(params)),
+    )
+
+
 def dense_start(
     objective: Objective, params: Params, budget: Budget, args: tuple
 ) -> tuple[State, Incumbent]:
@@ -62,7 +76,7 @@ def dense_start(
       The state, and plain masking with an infinite loss as the point to fall back to.
     """
     mask = select.support(params, budget.counts, budget.groups)
-    value = objective.value(params, args)
+    value = first_value(objective, params, args)
     state = begin(params, _tree.ones_mask(params), value, measured=False)
     projection = _tree.keep(mask, params)
     return state, Incumbent(projection, mask, jnp.full_like(value, jnp.inf))

@@ -135,10 +135,11 @@ def chita(
     Returns:
       A `Solution` with at most k prunable weights; with `k=0` they are all zero and
       with all of them nothing is pruned and the weights are moved to the minimum of
-      the model. Ties go to the lowest index. Its objective is the loss, or the value
-      of the model with the ridge. `history.damping` holds the ridge taken at each
-      stage. If a NaN appears on the way, the best finite iterate with status
-      `NONFINITE`; status `MAX_STEPS` is the normal end of several stages.
+      the model. Ties go to the lowest index. Its objective is the loss (on the
+      held-out examples where there are any), or the value of the model with the
+      ridge. `history.damping` holds the ridge taken at each stage. If a NaN appears
+      on the way, the best finite iterate with status `NONFINITE`; status `MAX_STEPS`
+      is the normal end of several stages.
 
     Raises:
       TypeError: `k`, `params` or `ridge` of the wrong type.
