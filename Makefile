@@ -10,6 +10,9 @@ TEST_FLAGS := -n logical --maxprocesses 4 --dist worksteal
 
 # OpenBLAS threads spin while they wait; small factorisations are better off alone.
 export OPENBLAS_NUM_THREADS := 1
+# Large arrays in huge pages, where Linux offers them on request: with pages of 4 kB
+# touching new memory for the first time can take longer than the arithmetic on it.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:

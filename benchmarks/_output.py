@@ -30,9 +30,13 @@ def save(
         skip = argument == "--json"
     arguments = [argument for argument in arguments if argument != "--json"]
     module = pathlib.Path(sys.argv[0]).stem
+    tunables = os.environ.get("GLIBC_TUNABLES")
+    pages = [f"GLIBC_TUNABLES={tunables}"] if tunables else []
     device = jax.devices()[0]
     report = {
-        "command": shlex.join(["python", "-m", f"benchmarks.{module}", *arguments]),
+        "command": shlex.join(
+            [*pages, "python", "-m", f"benchmarks.{module}", *arguments]
+        ),
         "date": datetime.date.today().isoformat(),
         "device": device.device_kind,
         "jax": jax.__version__,

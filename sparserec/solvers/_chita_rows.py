@@ -29,6 +29,7 @@ WIDTH = 256
 """Columns gathered at a time: one block of 1,000 rows fits the second-level cache."""
 
 _PANELS = 4  # of a symmetric product: 10 of its 16 blocks are computed
+_ENTRIES = 1 << 18  # of a block of columns in such a product: a megabyte in float32
 _SHARE = 4  # columns are copied together where they are fewer than n over this
 
 _T = TypeVar("_T")
@@ -269,7 +270,7 @@ def _kernel_at_once(rows: Float[Array, "m n"], mask: Bool[Array, "n"]) -> Array:
 def _kernel_by_blocks(rows: Float[Array, "m n"], mask: Bool[Array, "n"]) -> Array:
     """Only panels below the diagonal are multiplied: five eighths of the products."""
     m, n = rows.shape
-    width = min(WIDTH, n)
+    width = min(max(_ENTRIES // m, 64), n)
     index, number = indices(mask, -(-n // width) * width)
     tall = -(-m // _PANELS)
     spans = [(i, min(i + tall, m)) for i in range(0, m, tall)]
