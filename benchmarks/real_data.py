@@ -3,11 +3,13 @@
     PEER_PYTHON=python python -m benchmarks.real_data --json real_data.json
 
 Diabetes with squares and products (64 columns), least squares; breast cancer with all
-terms of degree two (495 columns) and every digit against the rest (61 columns that are
-not constant), logistic, without an intercept as in the comparison that the best known
-figures come from. If `PEER_PYTHON` names an interpreter with abess, it runs on the
-same data. Objectives are those after a refit in double precision on the support; CPU
-seconds of a warm call, one thread. Exits 1 where an objective is above the best known.
+terms of degree two (495 columns), logistic, both without an intercept as in the
+comparison that the best known figures come from; and every digit against the rest (61
+columns that are not constant), logistic with an intercept, where the better of two
+starts counts, nothing and what `omp` finds. If `PEER_PYTHON` names an interpreter with
+abess, it runs on the same data. Objectives are those after a refit in double precision
+on the support; CPU seconds of a warm call, one thread. Exits 1 where an objective is
+above the best known.
 """
 
 import argparse
@@ -27,15 +29,17 @@ for _name, _value in (
 ):
     os.environ.setdefault(_name, _value)
 
-import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from sklearn import datasets  # noqa: E402
 from sklearn.preprocessing import PolynomialFeatures  # noqa: E402
 
+import sparserec as sr  # noqa: E402
 from benchmarks._output import save  # noqa: E402
 from benchmarks.recovery_adapter import search  # noqa: E402
 
 ROUNDING = 1e-6  # relative; objectives closer than this are even
+SEPARABLE = 1e-3  # objectives below this belong to classes that are separated
 REPEATS = 5
 COLUMNS = [
     "data",
@@ -56,7 +60,9 @@ from abess import LinearRegression, LogisticRegression
 data = np.load(sys.argv[1])
 kind = LogisticRegression if sys.argv[3] == "logistic" else LinearRegression
 def fit():
-    model = kind(support_size=int(sys.argv[2]), thread=1, fit_intercept=False)
+    model = kind(
+        support_size=int(sys.argv[2]), thread=1, fit_intercept=bool(int(sys.argv[4]))
+    )
     return model.fit(data["x"], data["y"], is_normal=False)
 fit()
 seconds = []
@@ -78,6 +84,7 @@ class Case(NamedTuple):
     loss: str
     k: int
     best: float
+    intercept: bool = False
 
 
 def standardised(x: np.ndarray) -> np.ndarray:
@@ -109,13 +116,16 @@ def cases() -> list[Case]:
     x = standardised(x)
     for digit in range(10):
         label = (y == digit).astype(float)
-        found.append(Case(f"digit {digit}", x, label, "logistic", 10, np.inf))
+        case = Case(f"digit {digit}", x, label, "logistic", 10, np.inf, intercept=True)
+        found.append(case)
     return found
 
 
 def objective(case: Case, support: np.ndarray) -> float:
     """The least objective on a support: least squares, or damped Newton steps."""
     x, y = case.x[:, support], case.y
+    if case.intercept:
+        x = np.column_stack([x, np.ones(len(x))])
     if case.loss == "linear":
         fitted = x @ np.linalg.lstsq(x, y, rcond=None)[0]
         return float(np.sum((y - fitted) ** 2) / 2)
@@ -126,7 +136,7 @@ def objective(case: Case, support: np.ndarray) -> float:
 
     weights = np.zeros(x.shape[1])
     for _ in range(100):
-        share = 1 / (1 + np.exp(-x @ weights))
+        share = 1 / (1 + np.exp(-np.clip(x @ weights, -100, 100)))
         bend = (x * (share * (1 - share))[:, None]).T @ x
         step = np.linalg.solve(bend + 1e-9 * np.eye(len(bend)), (share - y) @ x)
         length = 1.0
@@ -138,12 +148,35 @@ def objective(case: Case, support: np.ndarray) -> float:
     return value(weights)
 
 
+def log_loss(params, x, labels):
+    return sr.losses.logistic(x @ params["slope"] + params["level"], labels)
+
+
+def with_level(case: Case) -> np.ndarray:
+    """The better of two starts; the intercept is never pruned."""
+    data = jnp.asarray(case.x, jnp.float32), jnp.asarray(case.y, jnp.float32)
+    nothing = {"slope": jnp.zeros(case.x.shape[1]), "level": jnp.zeros(())}
+    how = {"args": data, "prunable": {"slope": True, "level": False}}
+    greedy = sr.omp(log_loss, nothing, case.k, **how)
+    found = [
+        sr.l0cd(log_loss, start, case.k, **how) for start in (nothing, greedy.params)
+    ]
+    best = min(found, key=lambda solution: float(solution.objective))
+    return np.asarray(best.params["slope"])
+
+
+def solve(case: Case) -> np.ndarray:
+    if case.intercept:
+        return with_level(case)
+    return search(case.x, case.y, case.k, case.loss)
+
+
 def ours(case: Case) -> tuple[float, np.ndarray]:
-    search(case.x, case.y, case.k, case.loss)
+    solve(case)
     seconds = []
     for _ in range(REPEATS):
         start = time.process_time()
-        params = jax.block_until_ready(search(case.x, case.y, case.k, case.loss))
+        params = solve(case)
         seconds.append(time.process_time() - start)
     return float(np.median(seconds)), np.flatnonzero(params)
 
@@ -152,7 +185,10 @@ def theirs(case: Case, folder: str) -> tuple[float, list[int]]:
     file = pathlib.Path(folder) / "data.npz"
     np.savez(file, x=case.x, y=case.y)
     done = subprocess.run(
-        [PEER_PYTHON, "-c", PEER, str(file), str(case.k), case.loss],
+        [
+            *(PEER_PYTHON, "-c", PEER, str(file)),
+            *(str(case.k), case.loss, str(int(case.intercept))),
+        ],
         capture_output=True,
         text=True,
         check=True,
@@ -170,7 +206,7 @@ def measure(case: Case, folder: str) -> tuple[bool, list]:
         value = objective(case, np.array(kept))
         best = min(best, value)
         peer_cells = [round(value, 4), round(1e3 * peer_seconds, 2)]
-    met = found <= best * (1 + ROUNDING)
+    met = found <= max(best * (1 + ROUNDING), SEPARABLE)
     known = round(case.best, 4) if np.isfinite(case.best) else "-"
     row += [known, peer_cells[0], round(1e3 * seconds, 2), peer_cells[1]]
     return met, [*row, "met" if met else "MISSED"]

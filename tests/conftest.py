@@ -1,5 +1,6 @@
 """The strict session that every test runs in, and what tests share."""
 
+import itertools
 import os
 import pathlib
 from collections.abc import Iterator
@@ -36,6 +37,25 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("sparserec")
+
+
+_MAPS = pathlib.Path("/proc/self/maps")
+_MANY = 30_000  # memory maps of a process; Linux allows 65,530
+_EVERY = 50  # tests between two looks at them
+_finished = itertools.count(1)
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Forgets compiled programs before their memory maps run out.
+
+    Every program takes some; without this the compiler crashes after some thousands
+    of tests in one process.
+    """
+    del item
+    if next(_finished) % _EVERY or not _MAPS.exists():
+        return
+    if _MAPS.read_bytes().count(b"\n") > _MANY:
+        jax.clear_caches()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
