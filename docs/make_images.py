@@ -425,7 +425,11 @@ def mlpnet():
         "magnitude": ["mlpnet_magnitude"],
         "one stage, IHT": ["mlpnet_chita_iht"],
         "... refined": ["mlpnet_chita_iht_refined"],
-        "CHITA++": ["mlpnet_chita_stages"],
+        "CHITA++": [
+            "mlpnet_chita_stages_50",
+            "mlpnet_chita_stages_20",
+            "mlpnet_chita_stages",
+        ],
         "I-OBS": ["mlpnet_fresh", "mlpnet_fresh_5", "mlpnet_fresh_2"],
     }
     curves = {}

@@ -392,26 +392,31 @@ _ = ax.set_title("1,184 weights on digits")
 
 
 # %%
-def stored(name):
+def stored(*names):
     """Mean accuracy at each density, and how it was measured."""
-    report = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    column = report["columns"].index("mean accuracy")
-    return {row[0]: row[column] for row in report["rows"]}, report["command"]
+    found, commands = {}, []
+    for name in names:
+        report = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        column = report["columns"].index("mean accuracy")
+        found |= {row[0]: row[column] for row in report["rows"]}
+        commands.append(report["command"])
+    return found, commands
 
 
 RESULTS = pathlib.Path("../benchmarks/results")
+staged_files = [f"mlpnet_chita_stages{part}" for part in ("_50", "_20", "")]
 runs = {
-    "one stage, IHT": "mlpnet_chita_iht",
-    "... refined": "mlpnet_chita_iht_refined",
-    "15 stages": "mlpnet_chita_stages",
+    "one stage, IHT": ["mlpnet_chita_iht"],
+    "... refined": ["mlpnet_chita_iht_refined"],
+    "15 stages": staged_files,
 }
-table = {name: stored(file) for name, file in runs.items()}
+table = {name: stored(*files) for name, files in runs.items()}
 columns = ["50 %", "20 %", "10 %", "5 %", "2 %"]
 print(f"{'':15}", *(f"{c:>6}" for c in columns))
 for name, (row, _) in table.items():
     print(f"{name:15}", *(f"{row[c]:6.2f}" for c in columns))
-for name, (_, command) in table.items():
-    print(f"\n{name}:\n  {command}")
+for name, (_, commands) in table.items():
+    print(f"\n{name}:", *commands, sep="\n  ")
 first, refined, staged = (row for row, _ in table.values())
 assert all(refined[c] >= first[c] for c in columns), (
     "MLPNet: refinements help everywhere"
