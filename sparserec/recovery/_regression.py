@@ -32,7 +32,7 @@ class Regression(NamedTuple):
     model: QuadraticModel
     mean: Float[Array, "n"]
     scale: Float[Array, "n"]
-    offset: Float[Array, "*t"]
+    offset: Float[Array, "..."]
 
     def undo(self, params: Float[Array, "*K n"]) -> tuple[Array, Array]:
         """Coefficients and intercept in the units of the data.
