@@ -704,8 +704,9 @@ def test_rows_with_nan_and_of_the_wrong_width():
     model, x, center, _ = instance(0)
     x[0, 0] = np.nan
     broken = quadratic.low_rank(jnp.asarray(x), jnp.asarray(center))
-    with pytest.raises(ValueError, match="NaN"):
-        chita(broken, broken.center, 3)
+    for variant in ("bso", "obs"):
+        with pytest.raises(ValueError, match="NaN"):
+            chita(broken, broken.center, 3, variant=variant)
     with pytest.raises(ValueError, match="14"):
         quadratic.low_rank(jnp.ones((3, 13)), model.center)
 

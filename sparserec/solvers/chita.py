@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from sparserec._run import Solver
 from sparserec._solution import Solution
-from sparserec._types import LossFn, Params, Prunable, Scalar
+from sparserec._types import LossFn, Params, Prunable, Scalar, Status
 from sparserec.budget import matrices
 from sparserec.quadratic import CurvatureFn, Objective, QuadraticModel
 from sparserec.quadratic._fisher import Fisher
@@ -22,6 +22,7 @@ from sparserec.solvers._chita_stages import SCHEDULES, Options, StageSchedule
 from sparserec.solvers._chita_types import Limits
 from sparserec.solvers._chita_variants import NEEDS, VARIANTS
 
+_FAILURES = Status.NONFINITE, Status.NOT_POSITIVE_DEFINITE
 _HOST_CHUNK = 512  # examples at a time where the rows are built on the host
 
 Ridge = Scalar | float | Sequence[float]
@@ -180,7 +181,7 @@ def chita(
         jnp.asarray(max_steps, jnp.int32),
         jnp.asarray(metric, float),
     )
-    return _front.solve(
+    solution = _front.solve(
         lambda objective, _: chita_solver(objective, options=options, limits=limits),
         loss_fn,
         params,
@@ -194,6 +195,22 @@ def chita(
         tol=tol,
         max_steps=stages,
     )
+    if isinstance(loss_fn, QuadraticModel):
+        _check_rows(loss_fn, solution)
+    return solution
+
+
+def _check_rows(model: QuadraticModel, solution: Solution) -> None:
+    """Explains a failure by what is wrong with a given model; traced ones pass."""
+    traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((model, solution)))
+    if traced or jnp.ndim(solution.status) or int(solution.status) not in _FAILURES:
+        return
+    if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(model)):
+        raise ValueError(
+            "the model holds NaN or infinity: look for them in its rows, its gradient "
+            "and its center (`jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), "
+            "model)`)."
+        )
 
 
 def check_ridges(ridge: Ridge) -> Array:
