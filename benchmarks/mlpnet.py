@@ -266,11 +266,13 @@ def main() -> int:
     sizes = [(case.examples, case.stages, case.cg_steps)]
     if case.grid:
         sizes = list(itertools.product(GRID_EXAMPLES, GRID_STAGES, GRID_CG_STEPS))
+    variants = case.variant if case.method == "chita" else [None]
     cells = [
         argparse.Namespace(
-            **vars(case) | {"density": d, "examples": n, "stages": s, "cg_steps": c}
+            **vars(case)
+            | {"density": d, "examples": n, "stages": s, "cg_steps": c, "variant": v}
         )
-        for (n, s, c), d in itertools.product(sizes, case.density)
+        for (n, s, c), v, d in itertools.product(sizes, variants, case.density)
     ]
     columns = [
         "solver" if head == "CG steps" and case.method != "iobs" else head

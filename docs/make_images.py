@@ -419,32 +419,49 @@ def path():
 RESULTS = pathlib.Path(__file__).parent.parent / "benchmarks" / "results"
 
 
+def stored(parts, how=""):
+    """Pairs of density and accuracy from stored tables; `how` starts the solver."""
+    pairs = []
+    for part in parts:
+        report = json.loads((RESULTS / f"{part}.json").read_text())
+        column = report["columns"].index("mean accuracy")
+        pairs += [
+            (float(row[0].removesuffix(" %")) / 100, row[column])
+            for row in report["rows"]
+            if str(row[2]).startswith(how)
+        ]
+    return sorted(pairs, reverse=True)
+
+
 def mlpnet():
     """Drawn from the figures that `benchmarks.mlpnet` has stored."""
-    files = {
-        "magnitude": ["mlpnet_magnitude"],
-        "one stage, IHT": ["mlpnet_chita_iht"],
-        "... refined": ["mlpnet_chita_iht_refined"],
-        "CHITA++": [
-            "mlpnet_chita_stages_50",
-            "mlpnet_chita_stages_20",
-            "mlpnet_chita_stages",
-        ],
-        "I-OBS": ["mlpnet_fresh", "mlpnet_fresh_5", "mlpnet_fresh_2"],
+    variants = {
+        "magnitude": "magnitude",
+        "OBS (M-FAC)": "obs",
+        "bso": "bso",
+        "iht": "iht",
+        "best": "best",
+        "CBS": "cbs",
     }
-    curves = {}
-    for name, parts in files.items():
-        reports = [json.loads((RESULTS / f"{part}.json").read_text()) for part in parts]
-        rows = [
-            (float(row[0].removesuffix(" %")) / 100, row[column])
-            for report in reports
-            for column in [report["columns"].index("mean accuracy")]
-            for row in report["rows"]
-        ]
-        curves[name] = sorted(rows, reverse=True)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    ax = figure.subplots()
-    sparserec.plot.tradeoff(curves, dense=93.97, label="test accuracy, %", ax=ax)
+    one_stage = {
+        name: stored(["mlpnet_magnitude", "mlpnet_chita_variants"], how)
+        for name, how in variants.items()
+    }
+    one_stage["iht, refined"] = stored(["mlpnet_chita_iht_refined"])
+    stages = ["mlpnet_chita_stages_50", "mlpnet_chita_stages_20", "mlpnet_chita_stages"]
+    several = {
+        "one stage, refined": [x for x in one_stage["iht, refined"] if x[1] > 90],
+        "CHITA++": stored(stages),
+        "I-OBS": stored(["mlpnet_fresh", "mlpnet_fresh_5", "mlpnet_fresh_2"]),
+    }
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for ax, curves, title in (
+        (left, one_stage, "one stage of 16,000 examples"),
+        (right, several, "one stage, refined, beside 15 and 16"),
+    ):
+        sparserec.plot.tradeoff(curves, dense=93.97, label="test accuracy, %", ax=ax)
+        ax.set_title(title)
     save(figure, "mlpnet")
 
 
