@@ -19,8 +19,7 @@ from sparserec import _linsolve, _tree
 from sparserec._linsolve import LinearSolve, matmul
 from sparserec._types import Mask, Params, Scalar
 
-_SHRINK = 0.7  # a buffer over the next larger one
-_SMALLEST = 16  # entries of a buffer
+_SMALLEST = 32  # entries of a buffer
 _SIDE_BY_SIDE = 1 << 24  # entries of the systems that are solved at once
 
 Order = tuple[int, ...] | None
@@ -250,24 +249,25 @@ def _solve_in_buffer(
 ) -> tuple[Float[Array, "w"], Bool[Array, ""]]:
     """Copies the matrix on the support into the smallest buffer that holds it."""
     width = grams.shape[-1]
-    rows = grams.reshape(-1, width)
-    sizes = buffer_sizes(width)
+    rows, sizes = grams.reshape(-1, width), buffer_sizes(width)
+    # What is on the support comes first. Here, once, and not in every branch.
+    order = jnp.argsort(~support, stable=True)
+    inside, rhs = support[order], target[order]
 
     def solve(size: int):
-        index = jnp.nonzero(support, size=size, fill_value=width)[0]
-        inside = index < width
-        places = jnp.minimum(index, width - 1)
-        matrix = jnp.take(rows[layer * width + places], places, axis=1)
-        value, good = _solve_output(matrix, inside, target[places], shift)
-        return jnp.zeros_like(target).at[index].set(value, mode="drop"), good
+        index = order[:size]
+        matrix = jnp.take(rows[layer * width + index], index, axis=1)
+        value, good = _solve_output(matrix, inside[:size], rhs[:size], shift)
+        return jnp.pad(value, (0, width - size)), good
 
     choice = jnp.searchsorted(jnp.asarray(sizes), jnp.sum(support))
-    return jax.lax.switch(choice, [functools.partial(solve, size) for size in sizes])
+    value, good = jax.lax.switch(choice, [functools.partial(solve, s) for s in sizes])
+    return jnp.zeros_like(target).at[order].set(value), good
 
 
 def buffer_sizes(width: int) -> list[int]:
-    """Sizes of systems that are compiled for one width, ascending."""
+    """Sizes of systems that are compiled for one width, ascending; by halves."""
     sizes = [width]
-    while sizes[-1] * _SHRINK >= _SMALLEST:
-        sizes.append(math.ceil(sizes[-1] * _SHRINK))
+    while sizes[-1] // 2 >= _SMALLEST:
+        sizes.append(math.ceil(sizes[-1] / 2))
     return sizes[::-1]

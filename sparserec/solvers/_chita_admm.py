@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,12 @@ from sparserec.solvers import _chita_iht
 
 _FIRST = 0.6  # density of the first steps
 _FALL = 0.75  # share of the steps in which the budget falls
+
+
+class _State(NamedTuple):
+    kept: Params  # z
+    dual: Params  # u
+    mask: Mask  # where z may be other than zero
 
 
 def support(
@@ -43,10 +50,11 @@ def support(
       ridge: added to the curvature, shape `()`.
       power: of the diagonal $D$ of the curvature in the projection, by
         $D_i^{p/2} |v_i|$, shape `()`.
-      steps: number of steps, traced; with zero the support is that of the params.
+      steps: number of steps, at least one; traced.
 
     Returns:
-      A mask at the final budget; that of the params if anything is not finite.
+      A mask at the final budget. Where the model has no minimum or holds NaN it is
+      the support of the last finite point.
 
     Source: Boyd et al. (2011), section 9.1, on nonconvex constraints; Boza (2024) on
     pruning layers with falling budgets.
@@ -58,23 +66,22 @@ def support(
     solve = resolvent(model, ridge + penalty)
     scale = _scale(model, ridge, power, params)
 
+    # Once in the program: compiling a selection takes a second.
     def chosen(point: Params, budget: Budget) -> Mask:
         scores = jax.tree.map(jnp.multiply, scale, point)
         return select.support(scores, budget.counts, budget.groups)
 
-    def body(step: jax.Array, now: tuple[Params, Params]) -> tuple[Params, Params]:
-        kept, dual = now
-        pull = _tree.sub(_tree.sub(kept, dual), model.center)
+    def body(step: jax.Array, now: _State) -> _State:
+        pull = _tree.sub(_tree.sub(now.kept, now.dual), model.center)
         target = _tree.sub(_tree.scale(penalty, pull), model.gradient)
-        moved = _tree.add(_tree.add(model.center, solve(target)), dual)
+        moved = _tree.add(_tree.add(model.center, solve(target)), now.dual)
+        moved = _tree.where(_tree.all_finite(moved), moved, now.kept)
         mask = chosen(moved, _budget_at(budget, step + 1, steps))
         kept = _tree.keep(mask, moved)
-        return kept, _tree.sub(moved, kept)
+        return _State(kept, _tree.sub(moved, kept), mask)
 
-    start = params, _tree.zeros_like(params)
-    kept, dual = jax.lax.fori_loop(0, steps, body, start)
-    finite = _tree.all_finite((kept, dual))
-    return chosen(_tree.where(finite, kept, params), budget)
+    start = _State(params, _tree.zeros_like(params), _tree.ones_mask(params))
+    return jax.lax.fori_loop(0, jnp.maximum(steps, 1), body, start).mask
 
 
 def resolvent(model: QuadraticModel, damping: Scalar) -> Callable[[Params], Params]:
