@@ -251,7 +251,7 @@ def _solve_in_buffer(
     width = grams.shape[-1]
     rows, sizes = grams.reshape(-1, width), buffer_sizes(width)
     # What is on the support comes first. Here, once, and not in every branch.
-    order = jnp.argsort(~support, stable=True)
+    order = jnp.argsort(~support, stable=True).astype(jnp.int32)
     inside, rhs = support[order], target[order]
 
     def solve(size: int):

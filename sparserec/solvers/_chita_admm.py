@@ -110,7 +110,9 @@ def _scale(
 
 def _budget_at(budget: Budget, step: jax.Array, steps: Scalar) -> Budget:
     sizes = jnp.asarray(budget.sizes, jnp.float32)
-    left = jnp.maximum(1 - step / (_FALL * jnp.maximum(steps, 1)), 0) ** 3
-    excess = jnp.maximum(_FIRST * sizes - budget.counts, 0) * left
+    falling = _FALL * jnp.maximum(steps, 1).astype(jnp.float32)
+    left = jnp.maximum(1 - step.astype(jnp.float32) / falling, 0) ** 3
+    final = budget.counts.astype(jnp.float32)
+    excess = jnp.maximum(_FIRST * sizes - final, 0) * left
     counts = budget.counts + excess.astype(jnp.int32)
     return dataclasses.replace(budget, counts=counts)
