@@ -36,7 +36,7 @@ def as_leaf(
 ) -> Array:
     """The kernel whose matrix this is."""
     turned = matrix.reshape([shape[axis] for axis in order])
-    return jnp.transpose(turned, np.argsort(order))
+    return jnp.transpose(turned, [order.index(axis) for axis in range(len(order))])
 
 
 @functools.partial(

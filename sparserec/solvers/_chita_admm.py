@@ -56,8 +56,8 @@ def support(
       A mask at the final budget. Where the model has no minimum or holds NaN it is
       the support of the last finite point.
 
-    Source: Boyd et al. (2011), section 9.1, on nonconvex constraints; Boza (2024) on
-    pruning layers with falling budgets.
+    Source: Boyd et al. (2011), section 9.1, on nonconvex constraints; Boza (2024) and
+    Meng et al. (2024), ALPS, on the layers of networks.
     """
     dtype = _tree.dtype(params)
     penalty = (jnp.asarray(mean_curvature(model.curvature), dtype) + ridge).astype(
