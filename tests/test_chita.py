@@ -267,8 +267,9 @@ def test_best_is_close_to_the_best_support_of_all(seed):
 def test_admm_ends_near_the_best_support_of_all():
     excess = []
     for seed in range(8):
-        model, x, center, gradient = instance(seed)
+        _, x, center, gradient = instance(seed)
         hessian, linear = linear_form(x, center, gradient, RIDGE)
+        model = quadratic.dense(*map(jnp.asarray, (hessian, center, gradient)))
         ideal = oracles.best_support(hessian, linear, 4).value
         constant = value(x, center, gradient, RIDGE, np.zeros(WEIGHTS))
         found, plain = (
