@@ -12,6 +12,8 @@ mode.
     python -m benchmarks.resnet20 --coupled --rows 250 --stages 4 --json coupled.json
     python -m benchmarks.resnet20 --images lossless --coupled --rows 60 --stages 12 \\
         --refinements 1 --density 0.2 0.1
+    python -m benchmarks.resnet20 --images lossless --curvature layerwise --rows 40 \\
+        --density 0.2 0.1 --seeds 3
 
 Prints test accuracies, CPU seconds (one thread, compile aside) and the targets last;
 exits 1 where a target is missed. On the JPEG images the seconds are those of the
