@@ -28,7 +28,7 @@ from sparserec.solvers._examples import divide
 from sparserec.solvers.chita import chita
 
 ROWS, WEIGHTS, RIDGE = 8, 14, 0.05
-VARIANTS = ("iht", "cd", "cyclic", "bso", "best", "magnitude", "obs", "cbs")
+VARIANTS = ("iht", "cd", "cyclic", "bso", "best", "admm", "magnitude", "obs", "cbs")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -264,6 +264,45 @@ def test_best_is_close_to_the_best_support_of_all(seed):
     assert found.converged
 
 
+def test_admm_ends_near_the_best_support_of_all():
+    excess = []
+    for seed in range(8):
+        _, x, center, gradient = instance(seed)
+        hessian, linear = linear_form(x, center, gradient, RIDGE)
+        model = quadratic.dense(*map(jnp.asarray, (hessian, center, gradient)))
+        ideal = oracles.best_support(hessian, linear, 4).value
+        constant = value(x, center, gradient, RIDGE, np.zeros(WEIGHTS))
+        found, plain = (
+            float(chita(model, model.center, 4, variant=name, metric=0).objective)
+            for name in ("admm", "bso")
+        )
+        assert found - constant >= ideal - 1e-9 * abs(ideal)
+        excess.append((found - constant - ideal, plain - constant - ideal))
+    admm, one_step = np.mean(excess, axis=0)
+    assert admm < 0.5 * one_step
+
+
+def test_admm_where_weights_do_not_act_on_each_other():
+    """Every weight costs what it costs alone: the largest at the minimum stay."""
+    rng = np.random.default_rng(0)
+    center, slope = rng.normal(size=(2, 20))
+    model = quadratic.diagonal(
+        jnp.full(20, 2.0), jnp.asarray(center), jnp.asarray(slope)
+    )
+    least = center - slope / 2
+    solution = chita(model, model.center, 7, variant="admm", metric=0)
+    mask = oracles.top_k_mask(least, 7)
+    np.testing.assert_array_equal(solution.mask, mask)
+    np.testing.assert_allclose(solution.params, np.where(mask, least, 0), rtol=1e-12)
+
+
+def test_admm_without_a_minimum_fails_and_keeps_the_budget():
+    model = quadratic.dense(-jnp.eye(6), jnp.arange(1.0, 7.0))
+    solution = chita(model, model.center, 2, variant="admm", ridge=0.5)
+    assert int(solution.status) == Status.NOT_POSITIVE_DEFINITE
+    assert np.all(np.isfinite(solution.params))
+
+
 def test_iht_never_rises():
     model, *_ = instance(5)
     values = [
@@ -282,7 +321,7 @@ def test_extreme_budgets(variant, k):
     assert int(jnp.sum(solution.mask)) == k
     assert np.all(np.isfinite(solution.params))
     assert np.count_nonzero(solution.params) <= k
-    if k == WEIGHTS and variant in ("bso", "best"):
+    if k == WEIGHTS and variant in ("bso", "best", "admm"):
         best = optimum(x, center, gradient, RIDGE, np.ones(WEIGHTS, bool))
         np.testing.assert_allclose(solution.params, best, rtol=1e-6, atol=1e-8)
 

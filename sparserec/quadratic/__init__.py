@@ -11,6 +11,8 @@ from sparserec.quadratic._builders import (
 from sparserec.quadratic._explicit import BlockDiagonal, Dense, Diagonal, LowRank
 from sparserec.quadratic._fisher import Fisher, fisher
 from sparserec.quadratic._gradient_curvature import GradientRows
+from sparserec.quadratic._input_grams import InputGrams
+from sparserec.quadratic._layerwise import Layerwise, layerwise
 from sparserec.quadratic._linear_predictor import LinearPredictor, linear_predictor
 from sparserec.quadratic._matrix_free import (
     CurvatureFn,
@@ -36,6 +38,8 @@ __all__ = [
     "GaussNewton",
     "GradientRows",
     "Hessian",
+    "InputGrams",
+    "Layerwise",
     "LinearPredictor",
     "LowRank",
     "MatrixFree",
@@ -47,6 +51,7 @@ __all__ = [
     "fisher",
     "gauss_newton",
     "hessian",
+    "layerwise",
     "least_squares",
     "linear_predictor",
     "low_rank",

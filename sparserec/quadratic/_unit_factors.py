@@ -29,8 +29,8 @@ class _Weight(NamedTuple):
     transposed: bool
 
 
-class _Use(NamedTuple):
-    """One layer in which a leaf is the matrix."""
+class Use(NamedTuple):
+    """One layer in which a leaf is the matrix, or the kernel of a convolution."""
 
     leaf: int
     weight_first: bool  # the leaf is the left operand
@@ -38,14 +38,18 @@ class _Use(NamedTuple):
     given: dict[str, Any]  # parameters of the equation
     shape: tuple[int, ...] = ()  # of the output
     dtype: Any = None
+    convolution: bool = False
 
 
-class _Notes:
+class Notes:
     """What a walk has met; with `shifts`, it adds one to the output of every use."""
 
-    def __init__(self, shifts: Sequence[Array] | None = None):
+    def __init__(
+        self, shifts: Sequence[Array] | None = None, *, convolutions: bool = False
+    ):
         self.shifts = shifts
-        self.uses: list[_Use] = []
+        self.convolutions = convolutions  # whether they count as uses
+        self.uses: list[Use] = []
         self.inputs: list[Array] = []
         self.other: set[int] = set()  # leaves that are used in any other way
 
@@ -64,7 +68,7 @@ def _bind(equation: Any, values: Sequence[Any]) -> Sequence[Any]:
 
 
 def _walk(
-    notes: _Notes, jaxpr: Any, constants: Sequence[Any], ins: Sequence[Any]
+    notes: Notes, jaxpr: Any, constants: Sequence[Any], ins: Sequence[Any]
 ) -> list[Any]:
     """Evaluates a jaxpr, following the leaves among its inputs to their products."""
     known = dict(zip(jaxpr.constvars, constants, strict=True))
@@ -80,7 +84,7 @@ def _walk(
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _equation(notes: _Notes, equation: Any, values: list[Any]) -> Sequence[Any]:
+def _equation(notes: Notes, equation: Any, values: list[Any]) -> Sequence[Any]:
     weights = [value for value in values if isinstance(value, _Weight)]
     if not weights:
         return _bind(equation, values)
@@ -92,7 +96,11 @@ def _equation(notes: _Notes, equation: Any, values: list[Any]) -> Sequence[Any]:
         (weight,) = weights
         (turned,) = _bind(equation, values)
         return [_Weight(weight.leaf, turned, not weight.transposed)]
-    use = _product(equation, values) if name == "dot_general" else None
+    use = None
+    if name == "dot_general":
+        use = _product(equation, values)
+    elif name == "conv_general_dilated" and notes.convolutions:
+        use = _convolution(equation, values)
     if use is None:
         notes.other |= {weight.leaf for weight in weights}
         return _bind(equation, values)
@@ -104,7 +112,7 @@ def _equation(notes: _Notes, equation: Any, values: list[Any]) -> Sequence[Any]:
     return [out]
 
 
-def _product(equation: Any, values: list[Any]) -> _Use | None:
+def _product(equation: Any, values: list[Any]) -> Use | None:
     """How a matrix among the params enters a product; `None` if in another way."""
     (contracted, batched) = equation.params["dimension_numbers"]
     first = isinstance(values[0], _Weight)
@@ -116,10 +124,22 @@ def _product(equation: Any, values: list[Any]) -> _Use | None:
     axis = contracted[0 if first else 1][0]
     if weight.transposed:
         axis = 1 - axis
-    return _Use(weight.leaf, first, axis == 0, equation.params)
+    return Use(weight.leaf, first, axis == 0, equation.params)
 
 
-def _terms(use: _Use, inputs: Array, slopes: Array) -> tuple[Array, Array]:
+def _convolution(equation: Any, values: list[Any]) -> Use | None:
+    """How a kernel among the params enters a convolution; `None` if in another way."""
+    given = equation.params
+    plain = isinstance(values[1], _Weight) and not isinstance(values[0], _Weight)
+    grouped = given["feature_group_count"] != 1 or given["batch_group_count"] != 1
+    if not plain or grouped or any(d != 1 for d in given["lhs_dilation"]):
+        return None
+    if values[1].transposed:
+        return None
+    return Use(values[1].leaf, False, True, given, convolution=True)
+
+
+def _terms(use: Use, inputs: Array, slopes: Array) -> tuple[Array, Array]:
     """Left and right factors of the gradient of a matrix, terms first."""
     contracted = use.given["dimension_numbers"][0][1 if use.weight_first else 0][0]
     inputs = jnp.moveaxis(inputs, contracted, -1)
@@ -130,7 +150,7 @@ def _terms(use: _Use, inputs: Array, slopes: Array) -> tuple[Array, Array]:
     return (inputs, slopes) if use.inputs_first else (slopes, inputs)
 
 
-def _leaf_of(uses: list[tuple[_Use, Array, Array]]) -> Leaf:
+def _leaf_of(uses: list[tuple[Use, Array, Array]]) -> Leaf:
     """The rows of a leaf from the inputs and slopes of all its layers."""
     factors = [_terms(*entry) for entry in uses]
     left = jnp.concatenate([pair[0] for pair in factors])
@@ -140,6 +160,27 @@ def _leaf_of(uses: list[tuple[_Use, Array, Array]]) -> Leaf:
         # More terms than the matrix is wide: the factors would be the larger ones.
         return StoredLeaf(matmul(left.T, right).reshape(-1))
     return OuterLeaf(left, right)
+
+
+def _closed(loss_fn: LossFn, params: Params, args: tuple) -> tuple[list[Array], Any]:
+    """The leaves of the params, and the jaxpr of the loss as a function of them."""
+    leaves, structure = jax.tree.flatten(params)
+    closed = jax.make_jaxpr(
+        lambda given, data: loss_fn(jax.tree.unflatten(structure, given), *data)
+    )(leaves, args)
+    return leaves, closed
+
+
+def noted_value(
+    notes: Notes, loss_fn: LossFn, params: Params, args: tuple
+) -> Float[Array, ""]:
+    """The loss, with all layers that the walk meets, and their inputs, in `notes`."""
+    leaves, closed = _closed(loss_fn, params, args)
+    marked = [_Weight(i, x, False) for i, x in enumerate(leaves)]
+    (value,) = _walk(
+        notes, closed.jaxpr, closed.consts, [*marked, *jax.tree.leaves(args)]
+    )
+    return _plain(value)
 
 
 def unit_factors(
@@ -156,25 +197,22 @@ def unit_factors(
       The loss, and for every leaf in tree order an `OuterLeaf` where it enters the
       loss through products with matrices of inputs alone, a `StoredLeaf` otherwise.
     """
-    leaves, structure = jax.tree.flatten(params)
-    closed = jax.make_jaxpr(
-        lambda given, data: loss_fn(jax.tree.unflatten(structure, given), *data)
-    )(leaves, args)
+    leaves, closed = _closed(loss_fn, params, args)
     data = jax.tree.leaves(args)
 
-    def run(shifts: Sequence[Array] | None, arrays: Sequence[Any], notes: _Notes):
+    def run(shifts: Sequence[Array] | None, arrays: Sequence[Any], notes: Notes):
         notes.shifts = shifts
         (value,) = _walk(notes, closed.jaxpr, closed.consts, [*arrays, *data])
         notes.other |= {value.leaf} if isinstance(value, _Weight) else set()
         return _plain(value)
 
-    first = _Notes()
+    first = Notes()
     marked = [_Weight(i, x, False) for i, x in enumerate(leaves)]
     jax.eval_shape(lambda: run(None, marked, first))
     outer = {use.leaf for use in first.uses} - first.other
 
     def shifted(shifts: Sequence[Array], rest: dict[int, Array]):
-        notes = _Notes()
+        notes = Notes()
         arrays = [
             _Weight(i, x, False) if i in outer else rest[i]
             for i, x in enumerate(leaves)

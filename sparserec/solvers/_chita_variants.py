@@ -17,6 +17,7 @@ from sparserec.quadratic import LowRank, QuadraticModel
 from sparserec.quadratic._block_rows import BlockLowRank
 from sparserec.quadratic._gradient_curvature import GradientRows
 from sparserec.solvers import (
+    _chita_admm,
     _chita_descent,
     _chita_exchange,
     _chita_iht,
@@ -335,6 +336,21 @@ def _dispatch(name: str) -> Callable[..., Found]:
     return variant
 
 
+def _admm(
+    model: QuadraticModel, params: Params, budget: Budget, limits: Limits
+) -> Found:
+    """The minimiser on the support that ADMM ends with, for any curvature."""
+    mask = _chita_admm.support(
+        model,
+        params,
+        budget,
+        ridge=_middle(limits.ridges),
+        power=limits.metric,
+        steps=limits.max_steps,
+    )
+    return refit(model, params, mask, limits.ridges)
+
+
 BASELINES: dict[str, Callable[..., Found]] = {
     "magnitude": _row_baselines.magnitude,
     "obs": _row_baselines.independent_obs,
@@ -343,6 +359,7 @@ BASELINES: dict[str, Callable[..., Found]] = {
 
 VARIANTS: dict[str, Callable[..., Found]] = {
     **{name: _dispatch(name) for name in _ROWS},
+    "admm": _admm,
     **BASELINES,
 }
 

@@ -54,7 +54,7 @@ def chita(
     batches: Callable[[int], tuple] | tuple | None = None,
     curvature: CurvatureFn | None = None,
     variant: Literal[
-        "best", "bso", "iht", "cd", "cyclic", "magnitude", "obs", "cbs"
+        "best", "bso", "iht", "cd", "cyclic", "admm", "magnitude", "obs", "cbs"
     ] = "best",
     stages: int = 1,
     schedule: StageSchedule = "exp",
@@ -94,13 +94,17 @@ def chita(
         such a tuple, called on the host.
       curvature: builds the local model; by default
         `sparserec.quadratic.fisher()`, a row for every example; static. With
-        `blocks` (block-diagonal Fisher) only `"bso"` and `"best"` apply, and mean
-        the same. Ignored where `loss_fn` is a model.
+        `blocks` (block-diagonal Fisher) and with `sparserec.quadratic.layerwise`
+        only `"bso"`, `"best"` and `"admm"` apply, and the first two mean the same.
+        Ignored where `loss_fn` is a model.
       variant: how a stage solves its problem; static. `"iht"`: active-set IHT.
         `"cd"`: one thresholded gradient step, then coordinate descent over exact
         blocks of 128; `"cyclic"`: over single coordinates. `"bso"`: the exact
         minimiser on the support of that step. `"best"`: the supports of that step
         and of IHT compete with exact minimisers, and exchanges polish the better.
+        `"admm"`: the exact minimiser on the support that `max_steps` steps of ADMM
+        end with, while the budget falls to k; for any curvature, and cheap where one
+        factorisation serves all steps (`sparserec.quadratic.layerwise`).
         Baselines over the same rows: `"magnitude"` (values untouched), `"obs"`
         (WoodFisher with `blocks`, M-FAC without) and `"cbs"` (combinatorial brain
         surgeon), which take the gradient to be zero.
@@ -117,9 +121,9 @@ def chita(
         0.1 where there are several ridges, else none. Static.
       exchanges: rounds of exchanges of weights in each stage of `"best"` and
         `"cbs"`; traced.
-      metric: power p of the diagonal D of the curvature in the thresholded step, in
-        which weights compete by $D_i^{p/2}|v_i|$: 1 by what their loss costs to
-        second order, 0 by magnitude as published. Traced.
+      metric: power p of the diagonal D of the curvature in the thresholded step, and
+        in those of ADMM: weights compete by $D_i^{p/2}|v_i|$, with 1 by what their
+        loss costs to second order, with 0 by magnitude as published. Traced.
       refinements: further steps on the support at the end of each stage, from fresh
         gradients of the loss under the curvature at hand; each is taken, in full or
         in part, where it lowers the loss on the held-out examples, or on all where
@@ -131,7 +135,8 @@ def chita(
       tol: within a stage, gain of an IHT step or of a pass of coordinate descent
         relative to all gains before at which to stop; between stages, relative
         change. Traced.
-      max_steps: largest number of IHT steps or passes in a stage; traced.
+      max_steps: largest number of IHT steps or passes in a stage, and the number of
+        ADMM steps; traced.
 
     Returns:
       A `Solution` with at most k prunable weights; with `k=0` they are all zero and
@@ -148,8 +153,9 @@ def chita(
         variant that the curvature cannot serve, rows with NaN, a loss that is not a
         finite mean over the examples, data of the wrong form.
 
-    Source: Benbaki et al. (2023). Exact steps along conjugate directions, competing
-    supports, exchanges and competing ridges are additions.
+    Source: Benbaki et al. (2023); Boza (2024) and Meng et al. (2024) for
+    `"admm"`. Exact steps along conjugate directions, competing supports, exchanges and
+    competing ridges are additions.
     """
     _check_choices(variant, stages, schedule, start_density, exchanges, max_steps)
     if not isinstance(refinements, int | np.integer) or refinements < 0:
