@@ -118,7 +118,7 @@ class Fisher:
         if not _input.is_traced(collected.rows):
             _input.check_finite(collected.rows, spec.rows)
         curvature = self._curvature(spec, params, collected)
-        complete = spec.units * spec.batch_size == total
+        complete = spec.units * spec.batch_size == total or not self.first_order
         if collected.slope is not None and complete:
             value, gradient = collected.value, collected.slope
         else:
@@ -231,7 +231,8 @@ def fisher(
         `sparserec.quadratic.softmax_cross_entropy` and `.squared_error`.
       key: PRNG key of the samples, from `jax.random.key`; no default.
       first_order: `False` leaves the gradient out of the model, as if the params
-        were a minimum.
+        were a minimum; the value is then that over the examples of `"empirical"` rows,
+        and no other examples are visited.
       ridge: $\rho \ge 0$ towards the params the model is built at, in units of
         curvature.
       dtype: of the stored rows: `None` for that of the params, or
