@@ -10,7 +10,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--examples", type=int, default=3200, help="in a stage")
     group.add_argument("--last", type=int, default=4, help="so many times at the end")
     group.add_argument("--stage-rows", type=int, default=32, help="rows in a stage")
-    group.add_argument("--row-kind", choices=("loss", "sampled"), default="loss")
+    group.add_argument("--row-kind", choices=("sampled", "loss"), default="sampled")
     group.add_argument("--stage-metric", type=float, default=0.0)
     group.add_argument("--stage-ridge", type=float, default=3e-3)
     group.add_argument("--stage-power", type=float, default=0.6)
@@ -42,49 +42,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--optimizer", choices=("adam", "sgd"), default="adam")
     group.add_argument("--temperature", type=float, default=4.0)
     group.add_argument("--labels", type=float, default=0.1, help="share of the labels")
+    group.add_argument("--hidden", type=float, default=10.0, help="of hidden outputs")
     group.add_argument("--judges", type=float, default=0.02, help="share that judges")
 
 
-def _logits(params: resnet.Weights, images: jax.Array) -> jax.Array:
-    return resnet.apply(params, {}, images, train=True)[0]
+def _distilled(
+    temperature: float,
+    labelled: float,
+    hidden: float,
+    dense: resnet.Weights,
+    params: resnet.Weights,
+    images: jax.Array,
+    labels: jax.Array,
+) -> jax.Array:
+    """Cross-entropy with the labels, and distances from the dense network.
 
-
-def _distilled(temperature, share, params, images, dense, labels):
-    """Cross-entropy with the labels, and divergence from the dense network."""
-    logits: Any = _logits(params, images)
-    wanted = jax.nn.softmax(dense / temperature)
+    Both networks see the same images with the statistics of this batch. Distances are
+    those of softened outputs and of what comes out of every block.
+    """
+    logits, _, outputs = resnet.forward(params, {}, images, train=True)
+    wanted = jax.lax.stop_gradient(resnet.forward(dense, {}, images, train=True))
+    target = jax.nn.softmax(wanted[0] / temperature)
     found = jax.nn.log_softmax(logits / temperature)
-    divergence = -jnp.mean(jnp.sum(wanted * found, axis=1)) * temperature**2
-    return share * softmax_cross_entropy(logits, labels) + (1 - share) * divergence
+    divergence = jnp.sum(jax.scipy.special.xlogy(target, target) - target * found)
+    distances = [
+        jnp.mean(jnp.square(ours - theirs)) / jnp.mean(jnp.square(theirs))
+        for ours, theirs in zip(outputs, wanted[2], strict=True)
+    ]
+    return (
+        labelled * softmax_cross_entropy(logits, labels)  # type: ignore[arg-type]
+        + (1 - labelled) * temperature**2 * divergence / len(images)
+        + hidden * sum(distances)
+    )
 
 
-def _softened(temperature, params, images, dense):
-    del dense
-    return _logits(params, images) / temperature
-
-
-_dense_logits = jax.jit(resnet.apply)
+def _softened(temperature, params, images):
+    return resnet.forward(params, {}, images, train=True)[0] / temperature
 
 
 class Images(NamedTuple):
     """Where the examples of every stage come from."""
 
     params: resnet.Weights
-    stats: resnet.Weights
     train: tuple[np.ndarray, np.ndarray]
 
-    def draw(self, count: int, rng: np.random.Generator, size: int = 160) -> tuple:
-        """Augmented images, logits of the dense network, labels; all visited evenly."""
+    def draw(self, count: int, rng: np.random.Generator) -> tuple:
+        """Augmented images and labels; all of them are visited equally often."""
         x, y = self.train
-        rounds = math.ceil(count / len(x))
-        chosen = np.concatenate([rng.permutation(len(x)) for _ in range(rounds)])
-        chosen = chosen[:count]
+        rounds = [rng.permutation(len(x)) for _ in range(math.ceil(count / len(x)))]
+        chosen = np.concatenate(rounds)[:count]
         images = resnet.normalize(resnet.augment(x[chosen], rng))
-        logits = [
-            _dense_logits(self.params, self.stats, images[i : i + size])
-            for i in range(0, count, size)
-        ]
-        return images, jnp.concatenate(logits), jnp.asarray(y[chosen])
+        return images, jnp.asarray(y[chosen])
 
 
 def builder_of(case: argparse.Namespace) -> Fisher:
@@ -145,7 +153,9 @@ def pruned(
     k = int(density * total)
 
     def draw(stage: int) -> tuple:
-        last = stage == stages - 1 and not brief
+        last = stage == stages - 1
+        if brief:
+            return images.draw(20 * case.stage_rows + 10 * case.minibatch, rng)
         return images.draw(case.examples * (case.last if last else 1), rng)
 
     def schedule(stage: jax.Array) -> jax.Array:
@@ -153,7 +163,7 @@ def pruned(
         return jnp.where(stage >= stages - 1, k, total * density**share)
 
     return chita(
-        Partial(_distilled, case.temperature, case.labels),
+        Partial(_distilled, case.temperature, case.labels, case.hidden, images.params),
         images.params,
         k,
         batches=draw,
@@ -173,31 +183,31 @@ def measured(
     images: Images,
     case: argparse.Namespace,
     seed: int,
-    judged: Callable[[resnet.Weights, np.random.Generator], tuple[float, float]],
+    recalibrated: Callable[[resnet.Weights, np.random.Generator], resnet.Weights],
 ):
-    """Results for every density; the seconds are of everything but compilation."""
+    """A row of results, params and statistics for every density.
+
+    The seconds are those of everything, new statistics too, but compilation.
+    """
     rng = np.random.default_rng(seed)
-    jax.block_until_ready(pruned(images, case, 0.5, rng, brief=True).params)
+    # Compiles.
+    recalibrated(pruned(images, case, 0.5, rng, brief=True).params, rng)
     for density in case.density:
         start = time.process_time()
-        solution = jax.block_until_ready(pruned(images, case, density, rng))
-        seconds = time.process_time() - start
-        print(f"  losses of the stages {solution.history.objective}", flush=True)
-        plain, fresh = judged(solution.params, rng)
-        kept = sum(
-            int(jnp.count_nonzero(w))
-            for n, w in solution.params.items()
-            if resnet.prunable(n, w)
-        )
-        yield {
+        params = pruned(images, case, density, rng).params
+        stats = jax.block_until_ready(recalibrated(params, rng))
+        row = {
             "method": name_of(case),
             "density": density,
             "seed": seed,
-            "plain": plain,
-            "recalibrated": fresh,
-            "seconds": seconds,
-            "kept": kept,
+            "seconds": time.process_time() - start,
+            "kept": sum(
+                int(jnp.count_nonzero(weights))
+                for name, weights in params.items()
+                if resnet.prunable(name, weights)
+            ),
         }
+        yield row, params, stats
 
 
 def name_of(case: argparse.Namespace) -> str:

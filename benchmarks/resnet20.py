@@ -8,8 +8,10 @@ of whole mini-batches in training mode (`--coupled`) for the second.
 
     python -m benchmarks.resnet20 --json result.json
     python -m benchmarks.resnet20 --coupled --rows 250 --stages 4 --json coupled.json
-    python -m benchmarks.resnet20 --images lossless --coupled --rows 60 --stages 12 \\
-        --refinements 1 --density 0.2 0.1
+    python -m benchmarks.resnet20 --images lossless --seeds 3
+
+On the lossless images that is CHITA++ with descent between its stages, see
+`_resnet20_stages.py`, and with `--no-descent` stages of `--rows` alone.
 
 Prints test accuracies, CPU seconds (one thread, compile aside) and the targets last;
 exits 1 where a target is missed. On the JPEG images the seconds are those of the
@@ -38,6 +40,7 @@ from jax.tree_util import Partial  # noqa: E402
 
 import sparserec  # noqa: E402
 from benchmarks import _resnet20 as resnet  # noqa: E402
+from benchmarks import _resnet20_stages  # noqa: E402
 from benchmarks._output import save  # noqa: E402
 from sparserec import quadratic  # noqa: E402
 from sparserec._recalibrate import recalibrate  # noqa: E402
@@ -258,6 +261,26 @@ def measured(data: Data, case: argparse.Namespace, seed: int):
             yield row
 
 
+def tuned(data: Data, case: argparse.Namespace, seed: int):
+    """Results of CHITA++ with descent, new statistics within its seconds."""
+    images = _resnet20_stages.Images({**data.rest, **data.params}, data.train)
+
+    def recalibrated(params, rng: np.random.Generator):
+        return new_stats(data, params, case.statistics, rng)
+
+    for row, params, stats in _resnet20_stages.measured(
+        images, case, seed, recalibrated
+    ):
+        row["plain"] = accuracy(data, params, data.stats)
+        row["recalibrated"] = accuracy(data, params, stats)
+        print(
+            f"seed {seed}, density {row['density']:g}: {row['recalibrated']:.2f} % "
+            f"with new statistics, {row['seconds']:.1f} CPU s",
+            flush=True,
+        )
+        yield row
+
+
 def name_of(case: argparse.Namespace) -> str:
     rows = f"{case.rows} {'coupled ' if case.coupled else ''}rows of {case.rows_batch}"
     stages = f", {case.stages} stages" if case.stages > 1 else ""
@@ -296,9 +319,7 @@ def verdict(
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--images", choices=("jpeg", "lossless"), default="jpeg")
-    parser.add_argument(
-        "--density", type=float, nargs="+", default=[0.5, 0.3, 0.2, 0.1]
-    )
+    parser.add_argument("--density", type=float, nargs="+")
     parser.add_argument("--coupled", action="store_true")
     parser.add_argument("--rows", type=int, default=1000, help="in a stage")
     parser.add_argument("--rows-batch", type=int, help="default 1, coupled 16")
@@ -318,7 +339,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--seed0", type=int, default=0)
     parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--no-descent", dest="descent", action="store_false")
+    _resnet20_stages.add_arguments(parser)
     case = parser.parse_args()
+    if case.density is None:
+        case.density = list(LOSSLESS if case.images == "lossless" else FIXED)
     if case.rows_batch is None:
         case.rows_batch = 16 if case.coupled else 1
     return case
@@ -332,10 +357,11 @@ def main() -> int:
     data = load(case)
     dense = accuracy(data, data.params, data.stats)
     print(f"{case.images}: dense {dense:.2f} %", flush=True)
+    with_descent = case.images == "lossless" and case.descent
     results = [
         row
         for seed in range(case.seed0, case.seed0 + case.seeds)
-        for row in measured(data, case, seed)
+        for row in (tuned if with_descent else measured)(data, case, seed)
     ]
     targets = RENEWED if case.coupled else FIXED
     if case.images == "lossless":
