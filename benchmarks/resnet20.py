@@ -11,7 +11,7 @@ of whole mini-batches in training mode (`--coupled`) for the second.
     python -m benchmarks.resnet20 --images lossless --seeds 3
 
 On the lossless images that is CHITA++ with descent between its stages, see
-`_resnet20_stages.py`, and with `--no-descent` stages of `--rows` alone.
+`_resnet20_stages.py`, and with `--coupled` stages of rows alone.
 
 Prints test accuracies, CPU seconds (one thread, compile aside) and the targets last;
 exits 1 where a target is missed. On the JPEG images the seconds are those of the
@@ -339,7 +339,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--seed0", type=int, default=0)
     parser.add_argument("--json", type=pathlib.Path)
-    parser.add_argument("--no-descent", dest="descent", action="store_false")
     _resnet20_stages.add_arguments(parser)
     case = parser.parse_args()
     if case.density is None:
@@ -357,7 +356,7 @@ def main() -> int:
     data = load(case)
     dense = accuracy(data, data.params, data.stats)
     print(f"{case.images}: dense {dense:.2f} %", flush=True)
-    with_descent = case.images == "lossless" and case.descent
+    with_descent = case.images == "lossless" and not case.coupled
     results = [
         row
         for seed in range(case.seed0, case.seed0 + case.seeds)
