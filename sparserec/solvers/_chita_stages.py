@@ -218,9 +218,14 @@ def _judged(
     return values[best], best
 
 
+def _averaged_stages(options: Options) -> int:
+    """How many of the last stages are averaged."""
+    return max(1, round(_AVERAGED * options.stages))
+
+
 def averages(objective: Objective, options: Options) -> bool:
-    """Whether there are stages to average."""
-    return options.stages > 1 and not objective.is_quadratic
+    """Whether there are stages to average: the mean of one is that one."""
+    return _averaged_stages(options) > 1 and not objective.is_quadratic
 
 
 def start(
@@ -247,7 +252,7 @@ def _averaged(
 
     Every stage follows its own examples; their average follows all of them.
     """
-    count = max(1, round(_AVERAGED * options.stages))
+    count = _averaged_stages(options)
     counts = index >= options.stages - count
     total = _tree.where(counts, _tree.add(total, chosen.params), total)
 
