@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from sparserec import Solution, keep
+from sparserec import Descent, Solution, keep
 from sparserec.quadratic import softmax_cross_entropy
 from sparserec.quadratic._fisher import Fisher, fisher
 from sparserec.solvers.chita import chita
@@ -26,10 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("--method chita")
     group.add_argument("--variant", choices=VARIANTS, nargs="+", default=["bso"])
     group.add_argument("--rows-batch", type=int, default=16, help="examples in a row")
+    group.add_argument("--rows", type=int, help="by default all that there are")
     group.add_argument("--ridge", type=float, nargs="+", default=[0.016])
     group.add_argument("--stage-schedule", default="geometric")
     group.add_argument("--exchanges", type=int, default=0)
     group.add_argument("--refinements", type=int, default=0)
+    group.add_argument(
+        "--tuned", action="store_true", help="descent after the solve of every stage"
+    )
     group.add_argument(
         "--row-kind", choices=("empirical", "sampled"), default="empirical"
     )
@@ -48,13 +52,20 @@ def target(case: argparse.Namespace) -> tuple[float, float] | None:
 
 def describe(case: argparse.Namespace) -> str:
     kind = f"{rows_of(case)} {case.row_kind} rows of {case.rows_batch}"
-    return f"{case.variant}, {kind}, {case.refinements} refinements"
+    tuned = ", descent" if case.tuned else ""
+    return f"{case.variant}, {kind}, {case.refinements} refinements{tuned}"
 
 
 def rows_of(case: argparse.Namespace) -> int:
     """As many as the examples give that do not judge."""
-    held_out = HELD_OUT if case.refinements or len(case.ridge) > 1 else 0
-    return int((1 - held_out) * case.examples) // case.rows_batch
+    held_out = HELD_OUT if _judged(case) or len(case.ridge) > 1 else 0
+    most = int((1 - held_out) * case.examples) // case.rows_batch
+    return most if case.rows is None else min(most, case.rows)
+
+
+def _judged(case: argparse.Namespace) -> bool:
+    """Whether points of a stage compete by their loss."""
+    return case.tuned or case.refinements > 0
 
 
 @functools.cache
@@ -85,6 +96,7 @@ def prune(
     params: dict[str, jax.Array],
     draw: Callable[[int], tuple],
     case: argparse.Namespace,
+    descent: Descent,
 ) -> Solution:
     """One run: fresh examples at every stage."""
     rows = rows_of(case)
@@ -100,5 +112,6 @@ def prune(
         ridge=case.ridge if len(case.ridge) > 1 else case.ridge[0],
         exchanges=case.exchanges,
         refinements=case.refinements,
-        held_out=HELD_OUT if case.refinements else None,
+        descent=descent if case.tuned else None,
+        held_out=HELD_OUT if _judged(case) else None,
     )

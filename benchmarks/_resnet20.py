@@ -144,7 +144,18 @@ def apply(params: Weights, stats: Weights, images: jax.Array, train: bool = Fals
       train: normalise by the batch itself, and return `(logits, batch_stats)` with
         its means and variances, the momentum of which is zero.
     """
+    logits, seen, _ = forward(params, stats, images, train)
+    return (logits, seen) if train else logits
+
+
+def forward(params: Weights, stats: Weights, images: jax.Array, train: bool):
+    """Logits, the statistics of this batch, and the outputs of all blocks.
+
+    Arguments as those of `apply`; outputs are arrays of shape (m, rows, columns,
+    channels), in the order of `BLOCKS`.
+    """
     seen: Weights = {}
+    outputs: list[jax.Array] = []
 
     def norm(x: jax.Array, layer: str) -> jax.Array:
         mean, variance = f"{layer}.running_mean", f"{layer}.running_var"
@@ -177,8 +188,9 @@ def apply(params: Weights, stats: Weights, images: jax.Array, train: bool = Fals
         y = jax.nn.relu(norm(conv(x, f"{block}.conv1", stride), f"{block}.bn1"))
         y = norm(conv(y, f"{block}.conv2"), f"{block}.bn2")
         x = jax.nn.relu(y + shortcut)
+        outputs.append(x)
     logits = jnp.mean(x, axis=(1, 2)) @ params["fc.weight"] + params["fc.bias"][None]
-    return (logits, seen) if train else logits
+    return logits, seen, outputs
 
 
 _apply = jax.jit(apply, static_argnames="train")

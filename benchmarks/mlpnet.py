@@ -156,7 +156,9 @@ def prune(data: Data, case: argparse.Namespace, seed: int) -> sparserec.Solution
         return take(data.train, chosen)
 
     if case.method == "chita":
-        return _mlpnet_chita.prune(predict, data.params, draw, case)
+        return _mlpnet_chita.prune(
+            predict, data.params, draw, case, descent(case.examples, case.stages)
+        )
     k = sparserec.keep(data.params, density=case.density)
     fresh = {"args": draw(), "held_out": 0.1} if case.fixed else {"batches": draw}
     model = curvature(case.cg_steps)

@@ -132,6 +132,18 @@ def test_without_first_order_the_gradient_is_zero():
     assert not np.any(_tree.flatten(model.gradient))
 
 
+def test_without_first_order_only_the_examples_of_rows_are_visited():
+    params, args = problem()
+    chosen = np.arange(10) * EXAMPLES // 10
+    expected = loss(params, *(x[chosen] for x in args))
+    for make in (fisher, functools.partial(sampled, 0)):
+        for on_host in (False, True):
+            builder = make(rows=10, first_order=False, on_host=on_host)
+            model: Any = builder(loss, params, args)
+            assert not np.any(_tree.flatten(model.gradient))
+            np.testing.assert_allclose(model.value, expected, rtol=1e-12)
+
+
 @pytest.mark.parametrize("options", [{}, {"implicit": True}])
 def test_builds_inside_compiled_code(options):
     params, args = problem()

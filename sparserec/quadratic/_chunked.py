@@ -68,7 +68,7 @@ def _probe(curvature, loss_fn, params, args, number):
 def _weighted_sum(terms: Iterator[tuple[Params, float]]) -> Params:
     total = None
     for term, weight in terms:
-        scaled = _tree.scale(weight, term)
+        scaled = term if weight == 1 else _tree.scale(weight, term)
         total = scaled if total is None else _tree.add(total, scaled)
     return total
 

@@ -25,6 +25,7 @@ from sparserec.quadratic._gradient_rows import (
     RowSpec,
     chunk_of,
     collect,
+    unit_index,
 )
 from sparserec.quadratic._layer_rows import Leaf, StoredLeaf
 from sparserec.quadratic._matrix_free import as_pytree
@@ -119,23 +120,29 @@ class Fisher:
             _input.check_finite(collected.rows, spec.rows)
         curvature = self._curvature(spec, params, collected)
         complete = spec.units * spec.batch_size == total
-        if collected.slope is not None and complete:
+        if collected.slope is not None and (complete or not self.first_order):
             value, gradient = collected.value, collected.slope
         else:
+            if not self.first_order:
+                chosen = unit_index(total, spec.units, spec.batch_size).reshape(-1)
+                args = jax.tree.map(lambda x: jnp.asarray(x)[chosen], args)
             value, gradient = self._loss_and_gradient(spec, loss_fn, params, args)
         if not self.first_order:
-            gradient = _tree.zeros_like(gradient)
+            gradient = _tree.zeros_like(params)
         return QuadraticModel(
             params, value.astype(_tree.dtype(params)), gradient, curvature
         )
 
     def _loss_and_gradient(
         self, spec: RowSpec, loss_fn: LossFn, params: Params, args: tuple
-    ) -> tuple[Scalar, Params]:
-        """Over all examples, those beyond the rows too."""
+    ) -> tuple[Scalar, Params | None]:
+        """Over these examples; no gradient where the model has none."""
+        size = max(spec.chunk * spec.batch_size, 32)
+        if not self.first_order:
+            size = size if self.on_host else _chunked.leading_size(args)
+            return _chunked.value(loss_fn, params, args, size), None
         if not self.on_host:
             return _value_and_gradient(loss_fn, params, args)
-        size = max(spec.chunk * spec.batch_size, 32)
         return _chunked.value_and_gradient(loss_fn, params, args, size)
 
     def _curvature(
@@ -231,7 +238,8 @@ def fisher(
         `sparserec.quadratic.softmax_cross_entropy` and `.squared_error`.
       key: PRNG key of the samples, from `jax.random.key`; no default.
       first_order: `False` leaves the gradient out of the model, as if the params
-        were a minimum.
+        were a minimum; the value is then that over the examples of the rows, and no
+        others are visited.
       ridge: $\rho \ge 0$ towards the params the model is built at, in units of
         curvature.
       dtype: of the stored rows: `None` for that of the params, or

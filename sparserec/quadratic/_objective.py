@@ -4,6 +4,8 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from sparserec import _tree
 from sparserec._types import LossFn, Params, Scalar
@@ -52,6 +54,24 @@ class Objective:
         # A loss in half precision, or on wider data, must not change the dtype of
         # what the iterations carry along.
         return value.astype(_tree.dtype(params))
+
+    def values(self, stacked: Params, args: tuple) -> Float[Array, "s"]:
+        """The loss at each of several params stacked along a leading axis.
+
+        Infinite where it is not finite, so that its minimum is a choice.
+        """
+
+        def value(params: Params) -> Scalar:
+            return self.value(params, args)
+
+        if self.on_host:
+            count = jax.tree.leaves(stacked)[0].shape[0]
+            values = jnp.stack(
+                [value(jax.tree.map(lambda x: x[i], stacked)) for i in range(count)]  # noqa: B023
+            )
+        else:
+            values = jax.lax.map(value, stacked)
+        return jnp.where(jnp.isfinite(values), values, jnp.inf)
 
     def gradient(self, params: Params, args: tuple) -> Params:
         """The gradient of the loss at `params`, shaped like them."""

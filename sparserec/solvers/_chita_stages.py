@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,12 @@ from sparserec._run import Incumbent, State
 from sparserec._types import Params, Scalar, first_status
 from sparserec.budget import Budget
 from sparserec.quadratic import Objective, QuadraticModel
-from sparserec.solvers import _states
+from sparserec.solvers import _descent, _states
 from sparserec.solvers._chita_refine import refine
 from sparserec.solvers._chita_types import Found, Limits
 from sparserec.solvers._chita_unseen import without_unseen
 from sparserec.solvers._chita_variants import BASELINES, VARIANTS
+from sparserec.solvers._descent import Descent
 from sparserec.solvers._examples import Examples, divide
 from sparserec.solvers._schedule import budget_at
 
@@ -46,6 +47,19 @@ class Options:
     start_density: float = 0.9
     held_out: float = 0.0
     refinements: int = 0
+    descent: Descent | None = None
+
+
+class Memory(NamedTuple):
+    """What the stages carry along.
+
+    Attributes:
+      total: sum of the params of the last stages; empty where none are averaged.
+      descent: state of the optimizer between the stages.
+    """
+
+    total: Params
+    descent: _descent.DescentState
 
 
 def stage_budget(options: Options, budget: Budget, index: Int[Array, ""]) -> Budget:
@@ -149,6 +163,15 @@ def step(
     )
     value, best = _judged(objective, model, found, ridges, examples)
     chosen = jax.tree.map(lambda x: x[best], found._replace(kernel=None))
+    params, tuned = _descent.descend(
+        options.descent,
+        objective,
+        examples,
+        chosen.params,
+        chosen.mask,
+        state.memory.descent,
+    )
+    chosen = chosen._replace(params=params)
     refined = options.refinements > 0 and not objective.is_quadratic
     if refined:
         params = refine(
@@ -162,15 +185,15 @@ def step(
             options.refinements,
         )
         chosen = chosen._replace(params=params)
-    total, averaged = state.memory, averages(objective, options)
+    total, averaged = state.memory.total, averages(objective, options)
     if averaged:
         chosen, total = _averaged(
             objective, options, chosen, total, examples, budget, index
         )
-    if refined or averaged:
+    if refined or averaged or options.descent is not None:
         value = objective.value(chosen.params, examples.judge)
     after = _next_state(options, state, chosen, value, ridges[best], now, budget)
-    return after._replace(memory=total)
+    return after._replace(memory=Memory(total, tuned))
 
 
 def _judged(
@@ -195,19 +218,25 @@ def _judged(
     return values[best], best
 
 
+def _averaged_stages(options: Options) -> int:
+    """How many of the last stages are averaged."""
+    return max(1, round(_AVERAGED * options.stages))
+
+
 def averages(objective: Objective, options: Options) -> bool:
-    """Whether there are stages to average."""
-    return options.stages > 1 and not objective.is_quadratic
+    """Whether there are stages to average: the mean of one is that one."""
+    return _averaged_stages(options) > 1 and not objective.is_quadratic
 
 
 def start(
     objective: Objective, options: Options, params: Params, budget: Budget, args: tuple
 ) -> tuple[State, Incumbent]:
-    """The dense params, and an empty sum of those of the last stages."""
-    state, incumbent = _states.dense_start(objective, params, budget, args)
-    if averages(objective, options):
-        state = state._replace(memory=_tree.zeros_like(params))
-    return state, incumbent
+    """The dense params, an empty sum of those of the last stages, a fresh optimizer."""
+    judge = divide(args, options.held_out).judge
+    state, incumbent = _states.dense_start(objective, params, budget, judge)
+    total = _tree.zeros_like(params) if averages(objective, options) else ()
+    memory = Memory(total, _descent.init(options.descent, params))
+    return state._replace(memory=memory), incumbent
 
 
 def _averaged(
@@ -223,7 +252,7 @@ def _averaged(
 
     Every stage follows its own examples; their average follows all of them.
     """
-    count = max(1, round(_AVERAGED * options.stages))
+    count = _averaged_stages(options)
     counts = index >= options.stages - count
     total = _tree.where(counts, _tree.add(total, chosen.params), total)
 

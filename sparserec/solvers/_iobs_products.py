@@ -143,16 +143,7 @@ class _Solver(NamedTuple):
 
     def losses(self, stacked: Params) -> Float[Array, "s"]:
         """Held-out loss of stacked candidates; infinite where it is not finite."""
-
-        def loss(params: Params) -> Scalar:
-            return self.objective.value(params, self.data.judge)
-
-        if self.objective.on_host:
-            count = jax.tree.leaves(stacked)[0].shape[0]
-            losses = jnp.stack([loss(_pick(stacked, i)) for i in range(count)])
-        else:
-            losses = jax.lax.map(loss, stacked)
-        return jnp.where(jnp.isfinite(losses), losses, jnp.inf)
+        return self.objective.values(stacked, self.data.judge)
 
 
 def _times(a: Params, b: Params) -> Params:
@@ -238,7 +229,7 @@ def step(
     model = objective.model(state.params, data.build)
     params, mask, damping = _choose_support(solver, model, floored, state, now)
     params, tuned = _descent.descend(
-        options.descent, solver, params, mask, state.memory.descent
+        options.descent, objective, data, params, mask, state.memory.descent
     )
     params, displacement, damping = _refine(
         solver, options.refinements, params, mask, damping, state.memory

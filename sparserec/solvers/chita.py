@@ -17,10 +17,11 @@ from sparserec._types import LossFn, Params, Prunable, Scalar, Status
 from sparserec.budget import matrices
 from sparserec.quadratic import CurvatureFn, Objective, QuadraticModel
 from sparserec.quadratic._fisher import Fisher
-from sparserec.solvers import _chita_stages, _front
+from sparserec.solvers import _chita_stages, _descent, _front
 from sparserec.solvers._chita_stages import SCHEDULES, Options, StageSchedule
 from sparserec.solvers._chita_types import Limits
 from sparserec.solvers._chita_variants import NEEDS, VARIANTS
+from sparserec.solvers._descent import Descent
 
 _FAILURES = Status.NONFINITE, Status.NOT_POSITIVE_DEFINITE
 _HOST_CHUNK = 512  # examples at a time where the rows are built on the host
@@ -64,6 +65,7 @@ def chita(
     exchanges: int = 20,
     metric: Scalar | float = 1.0,
     refinements: int = 0,
+    descent: Descent | None = None,
     prunable: Prunable = matrices,
     batch_size: int | None = None,
     tol: Scalar | float = 1e-3,
@@ -128,10 +130,17 @@ def chita(
         gradients of the loss under the curvature at hand; each is taken, in full or
         in part, where it lowers the loss on the held-out examples, or on all where
         none are held out. Static. Ignored where `loss_fn` is a model.
+      descent: `sparserec.Descent(optimizer)` tunes the kept weights, and the leaves
+        that are not prunable, by mini-batches of the loss's own gradients, after the
+        solve of each stage and before its refinements; weights that are gone stay
+        exactly zero. Its end, the mean of its second half and the point before it are
+        judged. Static.
       prunable: which leaves may be pruned; see `sparserec.matrices`. Other leaves
         are refitted along with the support.
       batch_size: visit the data in chunks of this many examples, with loops on the
-        host, when the loss is evaluated. Static.
+        host, when the loss is evaluated, and its gradient for `refinements` and
+        `descent`. Where examples act on each other (batch normalisation in training
+        mode) a chunk is the batch that they share. Static.
       tol: within a stage, gain of an IHT step or of a pass of coordinate descent
         relative to all gains before at which to stop; between stages, relative
         change. Traced.
@@ -148,19 +157,26 @@ def chita(
       is the normal end of several stages.
 
     Raises:
-      TypeError: `k`, `params` or `ridge` of the wrong type.
+      TypeError: `k`, `params`, `ridge` or `descent` of the wrong type.
       ValueError: `k` out of range, unknown paths or options, a negative ridge, a
         variant that the curvature cannot serve, rows with NaN, a loss that is not a
-        finite mean over the examples, data of the wrong form.
+        finite mean over the examples, data of the wrong form, `descent` where
+        `loss_fn` is a model.
 
     Source: Benbaki et al. (2023); Boza (2024) and Meng et al. (2024) for
-    `"admm"`. Exact steps along conjugate directions, competing supports, exchanges and
-    competing ridges are additions.
+    `"admm"`. Exact steps along conjugate directions, competing supports, exchanges,
+    competing ridges and the descent are additions.
     """
     _check_choices(variant, stages, schedule, start_density, exchanges, max_steps)
     if not isinstance(refinements, int | np.integer) or refinements < 0:
         raise ValueError(
             f"`refinements` must be an integer of at least 0, got {refinements!r}."
+        )
+    _descent.check(descent)
+    if descent is not None and isinstance(loss_fn, QuadraticModel):
+        raise ValueError(
+            "`descent` has no effect here: it takes mini-batches of a loss, and a "
+            "model has no examples. Leave it out, or pass the loss."
         )
     ridges = check_ridges(ridge)
     if held_out is None:
@@ -179,6 +195,7 @@ def chita(
         float(start_density),
         float(held_out),
         int(refinements),
+        descent,
     )
     limits = Limits(
         ridges,

@@ -20,7 +20,7 @@ from sparserec._types import LossFn, Params, Prunable, Scalar
 from sparserec.budget import matrices
 from sparserec.quadratic import CurvatureFn, Objective, QuadraticModel, hessian
 from sparserec.quadratic._fisher import Fisher
-from sparserec.solvers import _front, _iobs_products, _iobs_stored
+from sparserec.solvers import _descent, _front, _iobs_products, _iobs_stored
 from sparserec.solvers._descent import Descent
 from sparserec.solvers._iobs_products import ProductOptions
 from sparserec.solvers._iobs_stored import StoredOptions
@@ -170,7 +170,7 @@ def iobs(
       indefinite, the best iterate with status `NOT_POSITIVE_DEFINITE`.
 
     Raises:
-      TypeError: `k` or `params` of the wrong type.
+      TypeError: `k`, `params` or `descent` of the wrong type.
       ValueError: `k` out of range, unknown paths or options, a rule that the
         curvature cannot serve, a loss that is not a scalar or not finite at the
         start, data of the wrong form, `batch_size` with rows of gradients.
@@ -178,6 +178,7 @@ def iobs(
     Source: Wu et al. (2024), I-OBS: Options 1 and 2; the OBS update in its support
     form. Competing supports, safeguard, damping and schedules are additions.
     """
+    _descent.check(descent)
     _check_choices(params, mask_rule, values, damping, step_size)
     check_schedule(schedule)
     _front.check_positive_int("stages", stages)
