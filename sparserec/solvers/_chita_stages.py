@@ -139,17 +139,19 @@ def step(
     now = stage_budget(options, budget, index)
     dtype = _tree.dtype(state.params)
     ridges = limits.ridges.astype(dtype)
-    limits = limits._replace(
+    refined = options.refinements > 0 and not objective.is_quadratic
+    limits = dataclasses.replace(
+        limits,
         ridges=ridges,
         tol=limits.tol.astype(dtype),
         metric=limits.metric.astype(dtype),
+        keep_kernel=refined,
     )
     found = _candidates(
         options.variant, model, state.params, now, limits, given=objective.is_quadratic
     )
     value, best = _judged(objective, model, found, ridges, examples)
     chosen = jax.tree.map(lambda x: x[best], found._replace(kernel=None))
-    refined = options.refinements > 0 and not objective.is_quadratic
     if refined:
         params = refine(
             objective,
