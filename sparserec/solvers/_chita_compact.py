@@ -1,8 +1,8 @@
-r"""Backsolve on the columns of a support alone, copied together.
+r"""Backsolve on the columns of a small support alone, copied together.
 
 With $d = \beta - c$ fixed off the support $Q$, the model is one of $\beta_Q$ with the
 rows $X_Q$ and an offset $u_0 = X_{Q^c} d_{Q^c}$ in every product. Shapes are static and
-the support is not: a few sizes are compiled, and the smallest that fits is used.
+the support is not: one size is compiled, for supports smaller than the rows are many.
 
 Legend: m rows, n weights, c columns copied.
 """
@@ -16,36 +16,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparserec._linsolve import matmul
 from sparserec._types import Scalar
-from sparserec.solvers._chita_backsolve import (
-    Split,
-    backsolve,
-    solve_normal,
-    split_gradient,
-)
-from sparserec.solvers._chita_rows import (
-    Point,
-    RowProblem,
-    gather_block,
-    indices,
-    kernel,
-)
+from sparserec.solvers._chita_backsolve import solve_normal
+from sparserec.solvers._chita_rows import Point, RowProblem, gather_block, indices
 
 _LEAST = 1 << 20  # entries of the rows: a pass over fewer is no work worth a program
-_STEPS = 4  # sizes up to the number of rows, each two thirds of the next
-_SHARES = 8, 4  # of all columns, one over these, are the sizes above
 
 
-def sizes(m: int, n: int) -> list[int]:
-    """Numbers of columns for which a program is compiled, ascending; static.
+def capacity(m: int, n: int) -> int:
+    """Columns for which there is room; zero where a problem is small; static.
 
-    Up to the number of rows they lie close together, for there the work is cubic in
-    them. None for small problems, and none of more than half the columns.
+    Two thirds of the rows: beyond, the matrix over the rows is as cheap. A second,
+    smaller size would save a few milliseconds and take a second to compile.
     """
-    if m * n < _LEAST:
-        return []
-    few = [round(m * (2 / 3) ** i) for i in range(_STEPS)]
-    more = [n // share for share in _SHARES if n // share > m]
-    return sorted({size for size in (*few, *more) if 0 < size <= n // 2})
+    size = 2 * m // 3
+    return size if m * n >= _LEAST and size <= n // 2 else 0
 
 
 class Held(NamedTuple):
@@ -55,26 +39,22 @@ class Held(NamedTuple):
       problem: the rows there; zeros pad them.
       index: which columns, ascending; padded with n.
       lost: half the squared distance from the center to the support, shape `()`.
-      gram: $X_Q^\top X_Q$ where there are no more columns than rows, else the kernel
-        $X_Q X_Q^\top$.
-      split: the gradient on the support by rows; `None` for the first of these.
+      gram: $X_Q^\top X_Q$, shape `(c, c)`.
     """
 
     problem: RowProblem
     index: Int[Array, "c"]
     lost: Scalar
-    gram: Float[Array, "s s"]
-    split: Split | None
+    gram: Float[Array, "c c"]
 
 
-def hold(problem: RowProblem, point: Point, size: int, ridge: Scalar) -> Held:
+def hold(problem: RowProblem, point: Point, size: int) -> Held:
     """Copies the columns of a support, of at most `size` entries, together.
 
     Args:
       problem: the model.
       point: a point on the support.
       size: columns there is room for; static.
-      ridge: the least that will be added to the problem's.
 
     Returns:
       The problem on the support.
@@ -100,10 +80,7 @@ def hold(problem: RowProblem, point: Point, size: int, ridge: Scalar) -> Held:
         offset=point.product - inside,
     )
     lost = jnp.asarray(0.5, center.dtype) * jnp.vdot(away, away)
-    if size <= problem.rows.shape[0]:
-        return Held(small, index, lost, _gram(columns), None)
-    gram = kernel(problem.rows, point.mask)
-    return Held(small, index, lost, gram, split_gradient(small, ridge))
+    return Held(small, index, lost, _gram(columns))
 
 
 def _gram(columns: Float[Array, "m c"]) -> Float[Array, "c c"]:
@@ -131,11 +108,7 @@ def solve(
     total = held.problem.ridge + ridge
     value = held.problem.value + total * held.lost
     problem = dataclasses.replace(held.problem, ridge=total, value=value)
-    if held.split is None:
-        point, status = solve_normal(problem, held.gram)
-    else:
-        inside = held.index < mask.shape[0]
-        point, status = backsolve(problem, inside, held.split, held.gram)
+    point, status = solve_normal(problem, held.gram)
     params = jnp.zeros(mask.shape, point.params.dtype)
     params = params.at[held.index].set(point.params, mode="drop")
     return point._replace(params=params, mask=mask), status

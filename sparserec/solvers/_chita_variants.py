@@ -138,21 +138,20 @@ def _backsolve(
         split = split_gradient(problem, jnp.min(limits.ridges))
         return _solved(problem, point.mask, split, limits.ridges)
 
-    def on_columns(size: int) -> _Answer:
-        held = _chita_compact.hold(problem, point, size, jnp.min(limits.ridges))
+    def on_columns() -> _Answer:
+        held = _chita_compact.hold(problem, point, size)
         return _each(
             lambda ridge: _answer_of(*_chita_compact.solve(held, point.mask, ridge)),
             limits.ridges,
         )
 
-    sizes = _chita_compact.sizes(*problem.rows.shape)
-    if limits.keep_kernel or not sizes:
+    size = _chita_compact.capacity(*problem.rows.shape)
+    if limits.keep_kernel or not size:
         return in_place()
-    number = jnp.sum(point.mask, dtype=jnp.int32)
-    branches = [functools.partial(on_columns, size) for size in sizes]
-    return jax.lax.switch(
-        jnp.searchsorted(jnp.asarray(sizes, jnp.int32), number),
-        [*branches, lambda: in_place()._replace(kernel=None)],
+    return jax.lax.cond(
+        jnp.sum(point.mask, dtype=jnp.int32) <= size,
+        on_columns,
+        lambda: in_place()._replace(kernel=None),
     )
 
 
