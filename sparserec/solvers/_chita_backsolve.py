@@ -8,9 +8,11 @@ $$\delta_Q = -(X_Q^\top X_Q + \rho I)^{-1} b_Q
   \quad\text{for}\quad g = X^\top h,$$
 
 one m by m factorisation whatever the size of the support, and nothing that cancels as
-$\rho$ falls. The part of $g$ that no $h$ gives is added by Woodbury's formula.
+$\rho$ falls. The part of $g$ that no $h$ gives is added by Woodbury's formula. Where
+there are more rows than weights on the support, the first form is the cheaper one.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -110,7 +112,7 @@ def solve_with(
     `start` is the step to the masked center, or zero.
     """
     rest = jnp.where(mask, split.rest, 0) / shift
-    begun = matmul(problem.rows, start - rest)
+    begun = problem.product(start - rest)
     inner = _linsolve.cholesky_solve(factor, split.dual + begun)
     step = jnp.where(mask, -matmul(inner, problem.rows), 0) - rest
     # Rows times rows on the support are the kernel: no third pass.
@@ -118,16 +120,15 @@ def solve_with(
 
 
 def _refine(
-    problem: RowProblem,
-    factor: Float[Array, "m m"],
-    shift: Scalar,
-    point: Point,
+    problem: RowProblem, newton: Callable[[Array], Array], point: Point
 ) -> Point:
-    """One step of iterative refinement, taken where it lowers the value."""
+    """One step of iterative refinement, taken where it lowers the value.
+
+    `newton` gives the step for a slope by the factorisation at hand.
+    """
     step = point.params - problem.center
     slope = jnp.where(point.mask, problem.slope(step, point.product), 0)
-    inner = _linsolve.cholesky_solve(factor, matmul(problem.rows, slope))
-    move = jnp.where(point.mask, (matmul(inner, problem.rows) - slope) / shift, 0)
+    move = jnp.where(point.mask, newton(slope), 0)
     product = matmul(problem.rows, move)
     # The length that is exact along this direction: rounding in the direction then
     # costs nothing.
@@ -146,6 +147,20 @@ def _moved(
     moved = Point(params, point.mask, after, value)
     down = value <= point.value
     return jax.tree.map(lambda x, y: jnp.where(down, x, y), moved, point)
+
+
+def _refined(
+    problem: RowProblem,
+    newton: Callable[[Array], Array],
+    point: Point,
+    delicate: Bool[Array, ""],
+) -> Point:
+    return jax.lax.fori_loop(
+        0,
+        jnp.where(delicate, _REFINEMENTS, 0),
+        lambda _, at: _refine(problem, newton, at),
+        point,
+    )
 
 
 def backsolve(
@@ -188,10 +203,49 @@ def backsolve(
     point = jax.lax.cond(
         delicate, lambda: point_at(problem, point.params, mask), lambda: point
     )
-    point = jax.lax.fori_loop(
-        0,
-        jnp.where(delicate, _REFINEMENTS, 0),
-        lambda _, at: _refine(problem, factor, shift, at),
-        point,
+
+    def newton(slope: Array) -> Array:
+        inner = _linsolve.cholesky_solve(factor, matmul(problem.rows, slope))
+        return (matmul(inner, problem.rows) - slope) / shift
+
+    return _refined(problem, newton, point, delicate), status
+
+
+def solve_normal(
+    problem: RowProblem, gram: Float[Array, "n n"]
+) -> tuple[Point, Int[Array, ""]]:
+    r"""The minimiser over all columns of a problem that has fewer than it has rows.
+
+    $$\delta = -(X^\top X + \rho I)^{-1} (g + X^\top u_0)$$
+
+    with $u_0$ the problem's offset. Needs no $h$ with $g = X^\top h$.
+
+    Args:
+      problem: the model; columns of zeros, with zeros in the gradient and the center,
+        may pad it.
+      gram: $X^\top X$.
+
+    Returns:
+      The point, and the status of the solve; where the factorisation failed the
+      point is the center.
+    """
+    shift = positive_ridge(problem.ridge, gram)
+    identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
+    factor = _linsolve.cholesky(gram + shift * identity)
+
+    def newton(slope: Array) -> Array:
+        return -_linsolve.cholesky_solve(factor, slope)
+
+    everything = jnp.ones(problem.center.shape, bool)
+    still = point_at(problem, problem.center, everything)
+    step = newton(problem.slope(jnp.zeros_like(problem.center), still.product))
+    status = _linsolve.direct_status(jnp.all(jnp.isfinite(factor)), step)
+    usable = _linsolve.usable(status)
+    point = jax.lax.cond(
+        usable,
+        lambda: point_at(problem, problem.center + step, everything),
+        lambda: still,
     )
-    return point, status
+    mean = jnp.trace(gram) / problem.rows.shape[0]
+    delicate = usable & (problem.ridge < _DELICATE * mean)
+    return _refined(problem, newton, point, delicate), status

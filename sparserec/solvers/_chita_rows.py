@@ -30,6 +30,7 @@ WIDTH = 256
 
 _PANELS = 4  # of a symmetric product: 10 of its 16 blocks are computed
 _ENTRIES = 1 << 18  # of a block of columns in such a product: a megabyte in float32
+_FEW = 8  # columns below n over this are cheaper copied for one product than in place
 _SHARE = 4  # columns are copied together where they are fewer than n over this
 
 _T = TypeVar("_T")
@@ -37,7 +38,7 @@ _T = TypeVar("_T")
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["rows", "ridge", "center", "gradient", "value"],
+    data_fields=["rows", "ridge", "center", "gradient", "value", "offset"],
     meta_fields=["layout"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,8 @@ class RowProblem:
       gradient: $g$ at the center, shape `(n,)`.
       value: $v$, shape `()`.
       layout: static layout of the params.
+      offset: part of every product with the rows that no step here changes, shape
+        `(m,)`; `None` where there is none.
     """
 
     rows: Float[Array, "m n"]
@@ -59,6 +62,12 @@ class RowProblem:
     gradient: Float[Array, "n"]
     value: Scalar
     layout: _tree.Layout
+    offset: Float[Array, "m"] | None = None
+
+    def product(self, step: Float[Array, "n"]) -> Float[Array, "m"]:
+        """Rows times a step from the center: one pass over the rows."""
+        found = matmul(self.rows, step)
+        return found if self.offset is None else self.offset + found
 
     def at(self, step: Float[Array, "n"], product: Float[Array, "m"]) -> Scalar:
         """Value at a step from the center whose product with the rows is known."""
@@ -112,7 +121,7 @@ def point_at(
 ) -> Point:
     """The point with these params, its value from one pass over the rows."""
     step = params - problem.center
-    product = matmul(problem.rows, step)
+    product = problem.product(step)
     return Point(params, mask, product, problem.at(step, product))
 
 
@@ -208,6 +217,34 @@ def gather(rows: Float[Array, "m n"], mask: Bool[Array, "n"], blocks: int) -> Co
 
     empty = jnp.zeros((blocks, rows.shape[0], width), rows.dtype)
     return Columns(index, jax.lax.fori_loop(0, count, put, empty), count)
+
+
+def sparse_product(
+    rows: Float[Array, "m n"], vectors: Float[Array, "n t"]
+) -> Float[Array, "m t"]:
+    """Rows times vectors, by the columns where one is not zero if these are few."""
+    m, n = rows.shape
+    width = min(WIDTH, n)
+    blocks = n // (_FEW * width)
+    if blocks == 0:
+        return matmul(rows, vectors)
+    index, number = indices(jnp.any(vectors != 0, axis=1), blocks * width)
+
+    def add(i: Array, total: Array) -> Array:
+        at = jax.lax.dynamic_slice_in_dim(index, i * width, width)
+        part = vectors.at[at].get(mode="fill", fill_value=0)
+        return total + matmul(gather_block(rows, at), part)
+
+    return jax.lax.cond(
+        number <= blocks * width,
+        lambda: jax.lax.fori_loop(
+            0,
+            -(-number // width),
+            add,
+            jnp.zeros((m, vectors.shape[1]), vectors.dtype),
+        ),
+        lambda: matmul(rows, vectors),
+    )
 
 
 class AllColumns(NamedTuple):

@@ -153,10 +153,13 @@ def step(
     now = stage_budget(options, budget, index)
     dtype = _tree.dtype(state.params)
     ridges = limits.ridges.astype(dtype)
-    limits = limits._replace(
+    refined = options.refinements > 0 and not objective.is_quadratic
+    limits = dataclasses.replace(
+        limits,
         ridges=ridges,
         tol=limits.tol.astype(dtype),
         metric=limits.metric.astype(dtype),
+        keep_kernel=refined,
     )
     found = _candidates(
         options.variant, model, state.params, now, limits, given=objective.is_quadratic
@@ -172,7 +175,6 @@ def step(
         state.memory.descent,
     )
     chosen = chosen._replace(params=params)
-    refined = options.refinements > 0 and not objective.is_quadratic
     if refined:
         params = refine(
             objective,

@@ -1,5 +1,7 @@
 """What the variants of CHITA take, and what they return."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,8 +12,14 @@ from jaxtyping import Array, Bool, Float, Int
 from sparserec._types import Mask, Params, Scalar
 
 
-class Limits(NamedTuple):
-    """The traced choices of a stage; see `chita`.
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["ridges", "exchanges", "tol", "max_steps", "metric"],
+    meta_fields=["keep_kernel"],
+)
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """The choices within a stage; see `chita`.
 
     Attributes:
       ridges: candidates, shape `(l,)`.
@@ -19,6 +27,7 @@ class Limits(NamedTuple):
       tol: of the steps within a stage, shape `()`.
       max_steps: IHT steps or passes within a stage, shape `()`.
       metric: power of the diagonal by which weights compete, shape `()`.
+      keep_kernel: whether the kernel of the support is wanted afterwards; static.
     """
 
     ridges: Float[Array, "l"]
@@ -26,6 +35,7 @@ class Limits(NamedTuple):
     tol: Scalar
     max_steps: Int[Array, ""]
     metric: Scalar
+    keep_kernel: bool = False
 
 
 class Found(NamedTuple):

@@ -18,6 +18,7 @@ from sparserec.quadratic._block_rows import BlockLowRank
 from sparserec.quadratic._gradient_curvature import GradientRows
 from sparserec.solvers import (
     _chita_admm,
+    _chita_compact,
     _chita_descent,
     _chita_exchange,
     _chita_iht,
@@ -53,6 +54,10 @@ def _answer(point: Point, converged: Array | bool = True) -> _Answer:
         jnp.int32(Status.CONVERGED),
         point.value,
     )
+
+
+def _answer_of(point: Point, status: Int[Array, ""]) -> _Answer:
+    return _answer(point)._replace(status=status)
 
 
 def compressed(problem: RowProblem) -> RowProblem:
@@ -118,8 +123,8 @@ def _solved(problem, mask, split, ridges, converged: Array | bool = True) -> _An
     gram = kernel(problem.rows, mask)
 
     def solve(ridge: Scalar) -> _Answer:
-        point, status = backsolve(_with(problem, ridge), mask, split, gram)
-        return _answer(point, converged)._replace(status=status)
+        answer = _answer_of(*backsolve(_with(problem, ridge), mask, split, gram))
+        return answer._replace(converged=jnp.asarray(converged))
 
     return _each(solve, ridges)._replace(kernel=gram)
 
@@ -128,9 +133,27 @@ def _backsolve(
     problem: RowProblem, start: Array, budget: Budget, limits: Limits
 ) -> _Answer:
     ridged = _with(problem, _middle(limits.ridges))
-    mask = _chita_iht.thresholded_step(ridged, budget, start, limits.metric).mask
-    split = split_gradient(problem, jnp.min(limits.ridges))
-    return _solved(problem, mask, split, limits.ridges)
+    point = _chita_iht.thresholded_step(ridged, budget, start, limits.metric)
+
+    def in_place() -> _Answer:
+        split = split_gradient(problem, jnp.min(limits.ridges))
+        return _solved(problem, point.mask, split, limits.ridges)
+
+    def on_columns() -> _Answer:
+        held = _chita_compact.hold(problem, point, size)
+        return _each(
+            lambda ridge: _answer_of(*_chita_compact.solve(held, point.mask, ridge)),
+            limits.ridges,
+        )
+
+    size = _chita_compact.capacity(*problem.rows.shape)
+    if limits.keep_kernel or not size:
+        return in_place()
+    return jax.lax.cond(
+        jnp.sum(point.mask, dtype=jnp.int32) <= size,
+        on_columns,
+        lambda: in_place()._replace(kernel=None),
+    )
 
 
 def _best(problem: RowProblem, start: Array, budget: Budget, limits: Limits) -> _Answer:
@@ -205,7 +228,8 @@ def _on_rows(solve: Callable[..., _Answer]) -> Callable[..., Found]:
         problem = compressed(row_problem(model))
         dtype = problem.rows.dtype
         start = _tree.flatten(params).astype(dtype)
-        limits = limits._replace(
+        limits = dataclasses.replace(
+            limits,
             ridges=limits.ridges.astype(dtype),
             tol=limits.tol.astype(dtype),
             metric=limits.metric.astype(dtype),

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -199,10 +199,10 @@ def chita(
     )
     limits = Limits(
         ridges,
-        jnp.asarray(exchanges, jnp.int32),
-        jnp.asarray(tol),
-        jnp.asarray(max_steps, jnp.int32),
-        jnp.asarray(metric, float),
+        _as_array(exchanges, jnp.int32),
+        _as_array(tol, float),
+        _as_array(max_steps, jnp.int32),
+        _as_array(metric, float),
     )
     solution = _front.solve(
         lambda objective, _: chita_solver(objective, options=options, limits=limits),
@@ -236,15 +236,26 @@ def _check_rows(model: QuadraticModel, solution: Solution) -> None:
         )
 
 
-def check_ridges(ridge: Ridge) -> Array:
+def _as_array(value: Any, dtype: Any) -> Array | np.ndarray:
+    """An array of a dtype; what holds no JAX array stays one of NumPy's.
+
+    That compiled functions take as it is: a conversion by JAX is a program of its own.
+    """
+    if any(isinstance(x, jax.Array) for x in jax.tree.leaves(value)):
+        return jnp.asarray(value, dtype)
+    return np.asarray(value, jnp.result_type(dtype))
+
+
+def check_ridges(ridge: Ridge) -> Array | np.ndarray:
     """The candidates as one vector, or an exception that says what is allowed."""
-    ridges = jnp.atleast_1d(jnp.asarray(ridge, float))
+    ridges = _as_array(ridge, float)
+    ridges = ridges[None] if ridges.ndim == 0 else ridges
     if ridges.ndim != 1 or ridges.size == 0:
         raise ValueError(
             "`ridge` must be one number or a sequence of them, got shape "
             f"{ridges.shape}."
         )
-    if not isinstance(ridges, Tracer) and not bool(jnp.all(ridges >= 0)):
+    if not isinstance(ridges, Tracer) and not np.all(np.asarray(ridges) >= 0):
         raise ValueError(f"`ridge` must be at least 0, got {ridge!r}.")
     return ridges
 
