@@ -1,5 +1,6 @@
 """A step of L0 coordinate descent on any loss: one model after another."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from sparserec._types import Params, Scalar
 from sparserec.budget import Budget
 from sparserec.quadratic import Objective, QuadraticModel
 from sparserec.solvers import _starts
-from sparserec.solvers._columns import Problem, make_problem
+from sparserec.solvers._columns import Problem, group_of_entries, make_problem
 from sparserec.solvers._l0cd_types import (
     Options,
     Weights,
@@ -172,39 +173,57 @@ def refit(
 ) -> Candidate:
     """A few Newton steps on a support, each halved until the loss falls.
 
-    Where the curvature can be restricted, no step sees the rest of the data.
+    Where the loss can be restricted to it, no step sees the rest of the weights.
     """
-    restrict = getattr(objective.curvature, "restrict", None)
-    if restrict is None:
-        return _newton_steps(objective, weights, budget, args, params, slots)
-    part = jnp.where(slots.filled, params[slots.index], 0)
+    own = objective.on_support(params, args, slots.index)
+    if own is None:
+        inside = jnp.zeros(_tree.size(params), bool).at[slots.index].max(slots.filled)
+        start = _tree.keep(_tree.layout(params).split(inside), params)
+
+        def price(params: Params) -> Scalar:
+            return penalties(params, budget, weights)
+
+        found, best = _newton_steps(
+            (objective, args), weights, budget, price, start, slots
+        )
+        return Candidate(found, slots, best)
+    owner = group_of_entries(budget, _tree.layout(params))[slots.index]
+
+    def price_of_part(part: Array) -> Scalar:
+        count = jnp.sum((part != 0) & (owner >= 0), dtype=jnp.int32)
+        ridge = weights.l2 * jnp.vdot(part, part)
+        return weights.penalty * count.astype(part.dtype) + ridge
+
+    part = jnp.where(slots.filled, _tree.flatten(params)[slots.index], 0)
     places = Slots(jnp.arange(part.size, dtype=jnp.int32), slots.filled)
-    data = restrict(args, slots.index)
-    found = _newton_steps(objective, weights, budget, data, part, places)
-    whole = jnp.zeros_like(params).at[slots.index].add(found.params)
-    return Candidate(whole, slots, found.objective)
+    part, best = _newton_steps(own, weights, budget, price_of_part, part, places)
+    whole = _tree.with_entries(_tree.zeros_like(params), slots.index, part)
+    return Candidate(whole, slots, best)
 
 
 def _newton_steps(
-    objective: Objective,
+    objective: tuple[Objective, tuple],
     weights: Weights,
     budget: Budget,
-    args: tuple,
-    params: Params,
+    price: Callable[[Params], Scalar],
+    start: Params,
     slots: Slots,
-) -> Candidate:
-    inside = jnp.zeros(_tree.size(params), bool).at[slots.index].max(slots.filled)
-    layout = _tree.layout(params)
-    start = _tree.keep(layout.split(inside), params)
+) -> tuple[Params, Scalar]:
+    loss, args = objective
+    layout = _tree.layout(start)
+    # Solves look at the members alone: which budget they belong to says nothing.
+    together = dataclasses.replace(
+        budget, groups=(0,) * len(layout.shapes), sizes=(layout.size,)
+    )
 
     def value(params: Params) -> Scalar:
-        total = objective.value(params, args) + penalties(params, budget, weights)
+        total = loss.value(params, args) + price(params)
         return jnp.where(jnp.isfinite(total), total, jnp.inf)
 
     def newton(_: Array, state: tuple[Params, Scalar]) -> tuple[Params, Scalar]:
         params, best = state
-        model = objective.model(params, args)
-        problem = make_problem(model, budget, l2=weights.l2)
+        model = loss.model(params, args)
+        problem = make_problem(model, together, l2=weights.l2)
         target = _starts.refitted(problem, slots)
         usable = slots.filled & jnp.isfinite(target)
         flat = jnp.zeros_like(problem.linear)
@@ -228,7 +247,7 @@ def _newton_steps(
         return _tree.where(better, point, params), jnp.where(better, there, best)
 
     params, best = jax.lax.fori_loop(0, _REFITS, newton, (start, value(start)))
-    return Candidate(params, slots, best.astype(_tree.dtype(params)))
+    return params, best.astype(_tree.dtype(params))
 
 
 def _select(condition: Bool[Array, ""], a: Candidate, b: Candidate) -> Candidate:
