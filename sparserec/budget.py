@@ -188,10 +188,14 @@ def check_count(k: Any, size: int, label: str, what: str) -> Array:
             f"`{label}` must be one integer, got shape {np.shape(k)}. For several "
             "budgets use `jax.vmap(lambda k: solver(..., k))(ks)`."
         )
-    if not isinstance(k, Tracer) and not 0 <= int(k) <= size:
-        raise ValueError(f"`{label}` must lie in [0, {size}] ({what}), got {int(k)}.")
-    # A traced count cannot be refused; outside the range it means nothing or all.
     limit = min(size, jnp.iinfo(jnp.int32).max)
+    if not isinstance(k, Tracer):
+        if not 0 <= int(k) <= size:
+            raise ValueError(
+                f"`{label}` must lie in [0, {size}] ({what}), got {int(k)}."
+            )
+        return jnp.asarray(min(int(k), limit), jnp.int32)
+    # A traced count cannot be refused; outside the range it means nothing or all.
     return jnp.clip(jnp.asarray(k, jnp.int32), 0, limit)
 
 

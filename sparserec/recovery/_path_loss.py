@@ -159,9 +159,8 @@ def _start(params: Params, fixed: Bool[Array, "n"], slots: int, k_max: int) -> _
 def _record(best: Candidate, gain: Scalar, in_time: Bool[Array, ""]) -> Records:
     """A candidate as the entry for its k."""
     flat = _tree.flatten(best.params)[best.slots.index].astype(gain.dtype)
-    return Records(
-        best.slots.index,
-        best.slots.filled,
+    return Records.of(
+        best.slots,
         jnp.where(best.slots.filled, flat, 0),
         best.objective,
         gain,
@@ -175,8 +174,8 @@ def _record(best: Candidate, gain: Scalar, in_time: Bool[Array, ""]) -> Records:
 
 def _recorded(records: Records, row: Count, like: Candidate) -> Candidate:
     """The entry for one k as a candidate."""
-    index, filled = records.index[row], records.filled[row]
+    slots = records.slots(row)
     flat = jnp.zeros_like(_tree.flatten(like.params))
-    flat = flat.at[index].add(jnp.where(filled, records.values[row], 0))
+    flat = flat.at[slots.index].add(jnp.where(slots.filled, records.values[row], 0))
     params = _tree.cast_like(_tree.layout(like.params).split(flat), like.params)
-    return Candidate(params, Slots(index, filled), records.value[row])
+    return Candidate(params, slots, records.value[row])

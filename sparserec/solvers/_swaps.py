@@ -309,12 +309,19 @@ def exchange_for(
 
 
 def best_addition(
-    problem: Problem, members: Members, barred: Barred | None = None
+    problem: Problem,
+    members: Members,
+    barred: Barred | None = None,
+    *,
+    full: Bool[Array, ""] | None = None,
 ) -> Move:
-    """The addition that lowers the objective most; see `best_move`."""
+    """The addition that lowers the objective most; see `best_move`.
+
+    `full` says that there is no room for another one, where that is known.
+    """
     gain = jnp.square(members.slope) / members.bend / 2 - problem.penalty
-    left = room(problem, members) > 0
-    if left.shape[0] > 1:
+    left = room(problem, members) > 0 if full is None else ~full
+    if left.ndim and left.shape[0] > 1:
         left = left[problem.group]
     open_ = ~members.inside & (problem.group >= 0) & left
     # A column that the members span brings nothing but rounding.
@@ -456,7 +463,11 @@ def entry_at(x: Array, place: Int[Array, ""]) -> Array:
 
 def slack_of(problem: Problem, members: Members) -> Scalar:
     """Gain below which a move is rounding: relative to the value and its terms."""
-    eps = jnp.finfo(problem.linear.dtype).eps
-    value = jnp.abs(objective(problem, members))
     terms = jnp.vdot(members.values, problem.linear[members.index])
-    return 16 * eps * (value + eps**0.5 * jnp.abs(terms))
+    return slack_at(objective(problem, members), terms)
+
+
+def slack_at(value: Scalar, terms: Scalar) -> Scalar:
+    """The same, from the value and from what the members explain of it, twice."""
+    eps = jnp.finfo(value.dtype).eps
+    return 16 * eps * (jnp.abs(value) + eps**0.5 * jnp.abs(terms))

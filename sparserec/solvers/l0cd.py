@@ -255,6 +255,11 @@ def _any_traced(tree: object) -> bool:
     return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
 
 
+def known_zero(tree: object) -> bool:
+    """Whether all entries are zero and that can be seen: they are not traced."""
+    return not _any_traced(tree) and not _any_nonzero(tree)
+
+
 def _any_nonzero(tree: object) -> bool:
     return any(np.any(np.asarray(x)) for x in jax.tree.leaves(tree))
 
