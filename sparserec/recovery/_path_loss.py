@@ -19,9 +19,8 @@ from sparserec._types import Count, Params, Scalar, Status, first_status
 from sparserec.budget import Budget
 from sparserec.quadratic import Objective
 from sparserec.recovery._record import Path, Records, as_path, improve
-from sparserec.solvers import _l0cd_loss
 from sparserec.solvers._columns import group_of_entries, make_problem
-from sparserec.solvers._l0cd_loss import Candidate
+from sparserec.solvers._l0cd_refit import Candidate, refit
 from sparserec.solvers._l0cd_types import Weights
 from sparserec.solvers._starts import slots_of
 from sparserec.solvers._swaps import Slots, best_removal, factorise
@@ -73,7 +72,7 @@ def loss_path(
     nothing = jnp.zeros((), wide)
     weights = Weights(nothing, l2, nothing, None)
     fixed = group_of_entries(budget, _tree.layout(params)) < 0
-    refit = functools.partial(_l0cd_loss.refit, objective, weights, budget, args)
+    refitted_on = functools.partial(refit, objective, weights, budget, args)
 
     def propose(state: _Sweep) -> tuple[Slots, Scalar, Count]:
         """What the model at the present params makes of their support."""
@@ -96,7 +95,7 @@ def loss_path(
         first = state.k == 0
         support, gain, moves = propose(state)
         present = state.present
-        new = refit(present.params, support)
+        new = refitted_on(present.params, support)
         eps = jnp.finfo(wide).eps
         slack = 64 * eps * jnp.abs(new.objective)
         over = ~state.rising & state.arrived
