@@ -141,7 +141,9 @@ def _within_capacity(problem: Problem, members: Members) -> Bool[Array, "s"]:
     groups = jnp.arange(problem.capacity.shape[0], dtype=jnp.int32)
 
     def candidates(filled: Array) -> Array:
-        held = jnp.sum((group[:, None] == groups) & filled[:, None], 0, jnp.int32)
+        held = jnp.sum(
+            (group[:, None] == groups[None, :]) & filled[:, None], 0, jnp.int32
+        )
         return filled & (group >= 0) & (held > problem.capacity)[group]
 
     def remove(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
