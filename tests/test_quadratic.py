@@ -778,11 +778,9 @@ def test_a_loss_of_a_few_entries_is_the_loss_with_the_others_zero():
     }
     np.testing.assert_allclose(restricted.value(part, args), loss(whole, 2.0))
     exact = jax.hessian(lambda w: loss(w, 2.0))(whole)
-    model = restricted.model(part, args)
-    np.testing.assert_allclose(model.curvature.matrix[0, 0], exact["b"]["b"][1, 1])
-    np.testing.assert_allclose(
-        model.curvature.matrix[2, 2], exact["a"]["a"][0, 0, 0, 0]
-    )
+    curvature: Any = restricted.model(part, args).curvature
+    np.testing.assert_allclose(curvature.matrix[0, 0], exact["b"]["b"][1, 1])
+    np.testing.assert_allclose(curvature.matrix[2, 2], exact["a"]["a"][0, 0, 0, 0])
     # Known by products only, or a model already: nothing to restrict.
     few = quadratic.make_objective(loss, quadratic.Hessian(dense_limit=2))
     assert few.on_support(params, (2.0,), index) is None
@@ -796,7 +794,12 @@ def test_products_one_by_one_are_the_same_hessian():
         return jnp.mean(jnp.square(jnp.tanh(x @ w.reshape(10, 40))))
 
     w = jnp.asarray(0.1 * rng.normal(size=400), jnp.float32)
-    build = jax.jit(lambda w, x: quadratic.hessian(loss, w, (x,)).curvature.matrix)
+
+    @jax.jit
+    def build(w, x):
+        curvature: Any = quadratic.hessian(loss, w, (x,)).curvature
+        return curvature.matrix
+
     assert "while" in build.lower(w, inputs).as_text()  # 400 products of 32 kB
     np.testing.assert_allclose(
         build(w, inputs), jax.hessian(loss)(w, inputs), atol=2e-6

@@ -119,6 +119,6 @@ def make_objective(
     """
     wrapped = loss_fn if isinstance(loss_fn, QuadraticModel) else as_pytree(loss_fn)
     # The default by its settings, so that what these offer is known.
-    default = curvature is None or curvature is hessian
-    builder = Hessian() if default else curvature
-    return Objective(wrapped, builder, batch_size)
+    if curvature is None or curvature is hessian:
+        curvature = Hessian()
+    return Objective(wrapped, curvature, batch_size)

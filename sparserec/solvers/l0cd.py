@@ -120,8 +120,9 @@ def l0cd(
       starts: names among `"htp"`, `"screening"`, `"forward"` and `"random"` (needs
         `key`): a descent from each, run together; `None` for hard thresholding
         pursuit, and what the problem asks for after it. Static.
-      effort: scales the length of the search beyond the first local optimum; 0 for
-        none. Static.
+      effort: scales the length of the search beyond the first local optimum (a tabu
+        search; on losses that are no model, supports with more and fewer members); 0
+        for none. Static.
       key: typed PRNG key for random starts; `None` for none.
       max_kept: largest k of a sweep, which sets the shapes; a little above k if
         `None`, so that neighboring k share a compilation. Static.
@@ -134,7 +135,8 @@ def l0cd(
         refitted along with the support.
       tol: relative change at which to stop on losses that are no quadratic model; the
         relative gradient on the support must be below its square root too. Traced.
-      max_steps: largest number of models built; static.
+      max_steps: largest number of steps, each from one model (the last ones from
+        several, where the search goes on); static.
 
     Returns:
       A `Solution` with at most k prunable weights, whose objective includes the
