@@ -111,8 +111,8 @@ def l0cd(
         is not the number zero, coordinate descent finds the first support.
       l2: $\lambda_2 \ge 0$, in units of curvature; traced.
       l1: $\lambda_1 \ge 0$, in units of loss per unit of weight; traced. Where it is
-        not the number zero, exchanges leave the other weights as they are (there is
-        no closed form with refit), as in coordinate descent; quadratic models only.
+        not the number zero, the best exchanges are scored with the signs of the weights
+        held, and eight of them refitted at a time; quadratic models only.
       swaps: exact swap search; `False` leaves coordinate descent and a refit, for
         quadratic models. Static.
       order: in which coordinate descent visits weights: `"cyclic"`, by decreasing
@@ -177,7 +177,7 @@ def l0cd(
         )
     options = Options(
         slots=_slots(params, k, chosen, max_kept),
-        swaps=swaps and not lasso,
+        swaps=swaps,
         lasso=lasso,
         penalised=not _is_zero(penalty),
         order=order,
@@ -204,6 +204,7 @@ def l0cd(
         )
 
     staged = isinstance(loss_fn, QuadraticModel) and options.swaps and box is None
+    staged &= not lasso
     if not staged or _any_traced((loss_fn, params, k, tol, weights)):
         return solve(options, params)
     # Two programs: the search beyond the first local optimum takes longest to
