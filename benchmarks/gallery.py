@@ -100,6 +100,7 @@ def solve_separable(problem: Problem) -> sr.Solution:
         args=_data(problem),
         curvature=LOGISTIC,
         l2=1e-3 / EXAMPLES,
+        effort=0,
     )
 
 
@@ -124,7 +125,7 @@ def solve_positive(problem: Problem) -> sr.Solution:
 LOGISTIC = sr.quadratic.linear_predictor(sr.losses.logistic)
 CALLS: dict[str, tuple[str, Callable[[Problem], sr.Solution]]] = {
     "linear": ("l0cd", solve_linear),
-    "logistic": ("l0cd, l2", solve_separable),
+    "logistic": ("l0cd, l2, effort 0", solve_separable),
     "trend filtering": ("l0cd", solve_loss),
     "multitask": ("splicing, groups", solve_together),
     "Ising": ("htp", solve_coupled),

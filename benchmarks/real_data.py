@@ -153,13 +153,17 @@ def log_loss(params, x, labels):
 
 
 def with_level(case: Case) -> np.ndarray:
-    """The better of two starts; the intercept is never pruned."""
+    """The better of a search from nothing and exchanges from what `omp` finds.
+
+    The intercept is never pruned.
+    """
     data = jnp.asarray(case.x, jnp.float32), jnp.asarray(case.y, jnp.float32)
     nothing = {"slope": jnp.zeros(case.x.shape[1]), "level": jnp.zeros(())}
     how = {"args": data, "prunable": {"slope": True, "level": False}}
     greedy = sr.omp(log_loss, nothing, case.k, **how)
     found = [
-        sr.l0cd(log_loss, start, case.k, **how) for start in (nothing, greedy.params)
+        sr.l0cd(log_loss, nothing, case.k, **how),
+        sr.l0cd(log_loss, greedy.params, case.k, effort=0, **how),
     ]
     best = min(found, key=lambda solution: float(solution.objective))
     return np.asarray(best.params["slope"])

@@ -27,19 +27,17 @@ LOGISTIC = quadratic.linear_predictor(losses.logistic)
 
 def model_of(x: np.ndarray, y: np.ndarray) -> quadratic.QuadraticModel:
     """Least squares from rows alone: a Gram matrix would cost more than the search."""
-    design = jnp.asarray(x, jnp.float32)
-    response = jnp.asarray(y, jnp.float32)
-    center = jnp.zeros(design.shape[1], jnp.float32)
-    slope, energy = _correlations(design, response)
-    curvature = quadratic.LowRank(
-        design, jnp.zeros((), jnp.float32), None, _tree.layout(center)
-    )
+    # Converted by NumPy: there is nothing to compile.
+    design, response = (jnp.asarray(np.asarray(v, np.float32)) for v in (x, y))
+    center, slope, energy, ridge = _correlations(design, response)
+    curvature = quadratic.LowRank(design, ridge, None, _tree.layout(center))
     return quadratic.QuadraticModel(center, energy, slope, curvature)
 
 
 @jax.jit
 def _correlations(design, response):
-    return -(response @ design), jnp.vdot(response, response) / 2
+    slope, energy = -(response @ design), jnp.vdot(response, response) / 2
+    return jnp.zeros_like(slope), slope, energy, jnp.zeros_like(energy)
 
 
 def _solve(x, y, k: int, loss: str, effort: float) -> np.ndarray:

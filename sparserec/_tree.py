@@ -130,6 +130,13 @@ def flatten(a: Params) -> Shaped[Array, "n"]:
     return jnp.concatenate([x.astype(wide).reshape(-1) for x in jax.tree.leaves(a)])
 
 
+def with_entries(a: Params, index: Array, values: Array) -> Params:
+    """`a` with values added at places of its flat vector, in the dtypes of `a`."""
+    flat = flatten(a)
+    flat = flat.at[index].add(values.astype(flat.dtype))
+    return cast_like(layout(a).split(flat), a)
+
+
 def paths(a: Params) -> list[str]:
     """Readable path of every leaf: `"Dense_0/kernel"` for linen and nnx alike.
 

@@ -144,8 +144,7 @@ def make_budget(
     if not isinstance(k, Mapping):
         total = sum(s for s, c in zip(sizes, chosen, strict=True) if c)
         count = check_count(k, total, "k", f"{total} prunable weights")
-        counts = count[None] if isinstance(count, Array) else jnp.asarray([count])
-        return Budget(counts, tuple(0 if c else -1 for c in chosen), (total,))
+        return Budget(count[None], tuple(0 if c else -1 for c in chosen), (total,))
     names = _tree.paths(params)
     known = [n for n, c in zip(names, chosen, strict=True) if c]
     unknown = [path for path in k if path not in known]
@@ -160,12 +159,10 @@ def make_budget(
         if name in k:
             counts.append(check_count(k[name], size, f"k[{name!r}]", f"leaf {name!r}"))
             group_sizes.append(size)
-    return Budget(
-        jnp.stack([*map(jnp.asarray, counts)]), tuple(groups), tuple(group_sizes)
-    )
+    return Budget(jnp.stack(counts), tuple(groups), tuple(group_sizes))
 
 
-def check_count(k: Any, size: int, label: str, what: str) -> Array | np.int32:
+def check_count(k: Any, size: int, label: str, what: str) -> Array:
     """An int32 scalar, or an exception that says what to write instead."""
     dtype = getattr(k, "dtype", None)
     is_bool = isinstance(k, bool) or (
@@ -191,12 +188,14 @@ def check_count(k: Any, size: int, label: str, what: str) -> Array | np.int32:
             f"`{label}` must be one integer, got shape {np.shape(k)}. For several "
             "budgets use `jax.vmap(lambda k: solver(..., k))(ks)`."
         )
-    if not isinstance(k, Tracer) and not 0 <= int(k) <= size:
-        raise ValueError(f"`{label}` must lie in [0, {size}] ({what}), got {int(k)}.")
-    # A traced count cannot be refused; outside the range it means nothing or all.
     limit = min(size, jnp.iinfo(jnp.int32).max)
-    if not isinstance(k, jax.Array):
-        return np.int32(min(int(k), limit))
+    if not isinstance(k, Tracer):
+        if not 0 <= int(k) <= size:
+            raise ValueError(
+                f"`{label}` must lie in [0, {size}] ({what}), got {int(k)}."
+            )
+        return jnp.asarray(min(int(k), limit), jnp.int32)
+    # A traced count cannot be refused; outside the range it means nothing or all.
     return jnp.clip(jnp.asarray(k, jnp.int32), 0, limit)
 
 

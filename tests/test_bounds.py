@@ -331,3 +331,40 @@ def test_a_ridge_that_bounds_do_not_take_apart():
         sr.l0cd(log_loss, jnp.zeros(SIZE), 2, args=args, lower=0.0, l2=1.0)
     with pytest.raises(ValueError, match="ridge"):
         sr.recovery.path(log_loss, jnp.zeros(SIZE), 2, args=args, lower=0.0, l2=1.0)
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_certificate_within_bounds_against_scipy(box):
+    design, response = data(1)
+    limits = BOXES[box]
+    model = model_of(design, response)
+    start = sr.htp(model, jnp.zeros(SIZE), KEPT, lower=limits[0], upper=limits[1])
+    # A support that is not the best one: there is something to gain.
+    worse = jnp.asarray(np.isin(np.arange(SIZE), [0, 3, 5]))
+    for mask in (start.mask, worse):
+        kept = set(np.flatnonzero(mask).tolist())
+        now, weights = within(design, response, sorted(kept), limits)
+        params = jnp.zeros(SIZE).at[jnp.asarray(sorted(kept))].set(weights)
+        solution = start._replace(params=params, mask=mask)
+        report = sr.certificate(model, solution, KEPT, lower=limits[0], upper=limits[1])
+        neighbors = [kept - {i} for i in kept]
+        neighbors += [kept - {i} | {j} for i in kept for j in set(range(SIZE)) - kept]
+        if len(kept) < KEPT:
+            neighbors += [kept | {j} for j in set(range(SIZE)) - kept]
+        values = [within(design, response, sorted(x), limits)[0] for x in neighbors]
+        np.testing.assert_allclose(report.gain, now - min(values), atol=1e-5)
+        taken = kept - {int(report.leaving)}
+        taken |= {int(report.entering)} - {-1}
+        reached = within(design, response, sorted(taken), limits)[0]
+        np.testing.assert_allclose(reached, min(values), atol=1e-5)
+        np.testing.assert_allclose(report.refit, 0, atol=1e-5)
+
+
+def test_the_lower_bound_holds_within_bounds():
+    design, response = data(2)
+    l2 = 2.0
+    stacked = np.vstack([design, np.sqrt(2 * l2) * np.eye(SIZE)])
+    padded = np.concatenate([response, np.zeros(SIZE)])
+    best = best_of_all(stacked, padded, KEPT, (0.0, np.inf))
+    bound = sr.recovery.lower_bound(model_of(design, response), KEPT, l2=l2)
+    assert 0 < float(bound.value) <= best * (1 + 1e-5)

@@ -19,6 +19,8 @@ from sparserec.solvers import _search
 from sparserec.solvers._columns import make_problem
 from sparserec.solvers._coordinate import coordinate_descent
 from sparserec.solvers._escape import escape
+from sparserec.solvers._l0cd_loss import _within_capacity
+from sparserec.solvers._swaps import factorise
 
 ROWS, SIZE = 30, 12  # one set of shapes: compilation is most of the time here
 
@@ -167,6 +169,34 @@ def test_lasso_penalty_against_scikit_learn():
     lasso = linear_model.Lasso(alpha=3.0 / ROWS, fit_intercept=False, tol=1e-12)
     expected = lasso.fit(design, response).coef_
     np.testing.assert_allclose(found.params, expected, atol=1e-6)
+
+
+def lasso_on(design, response, kept, l1):
+    """Least objective on a support, by a slow coordinate descent."""
+    part, weights = design[:, kept], np.zeros(len(kept))
+    gram, target = part.T @ part, part.T @ response
+    for _ in range(300):
+        for j in range(len(kept)):
+            pull = target[j] - gram[j] @ weights + gram[j, j] * weights[j]
+            shrunk = max(abs(pull) - l1, 0)
+            weights[j] = np.sign(pull) * shrunk / gram[j, j]
+    rest = response - part @ weights
+    return rest @ rest / 2 + l1 * np.abs(weights).sum()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_exchange_improves_an_answer_with_an_l1_penalty(seed):
+    design, response, _ = regression(seed, correlation=0.9)
+    model, l1 = model_of(design, response), 2.0
+    plain = l0cd(model, jnp.zeros(SIZE), 3, l1=l1, swaps=False)
+    found = l0cd(model, jnp.zeros(SIZE), 3, l1=l1)
+    assert float(found.objective) <= float(plain.objective) * (1 + 1e-9)
+    kept = set(np.flatnonzero(found.mask).tolist())
+    own = lasso_on(design, response, sorted(kept), l1)
+    np.testing.assert_allclose(found.objective, own, rtol=1e-6)
+    others = set(range(SIZE)) - kept
+    near = [sorted(kept - {i} | {j}) for i in kept for j in others]
+    assert min(lasso_on(design, response, x, l1) for x in near) >= own - 1e-6
 
 
 # --- promises ------------------------------------------------------------------------
@@ -413,3 +443,49 @@ def test_traced_budgets_of_large_problems_need_a_limit():
     model = quadratic.least_squares(jnp.ones((3, 600)), jnp.ones(3))
     with pytest.raises(ValueError, match="`max_kept`"):
         jax.vmap(lambda k: l0cd(model, jnp.zeros(600), k))(jnp.arange(3))
+
+
+def nearly_separated(seed):
+    """Few examples, correlated columns: logistic losses with many local optima."""
+    rng = np.random.default_rng(seed)
+    columns = rng.normal(size=(40, 12)) + 0.9 * rng.normal(size=(40, 1))
+    odds = 3 * columns @ np.repeat([1.0, -1.0, 0.7, 0.0], 3)
+    return columns, (rng.random(40) < 1 / (1 + np.exp(-odds))).astype(float)
+
+
+def test_swings_beyond_the_budget_leave_local_optima():
+    def loss(w, x, y):
+        eta = x @ w
+        # The ridge keeps the values of separated classes finite.
+        return jnp.sum(jnp.logaddexp(0, eta) - y * eta) + 1e-2 * jnp.sum(w**2)
+
+    plain, long = [], []
+    for seed in range(6):
+        args = tuple(jnp.asarray(x) for x in nearly_separated(seed))
+        both = [
+            l0cd(loss, jnp.zeros(12), 5, args=args, effort=effort)
+            for effort in (0.0, 1.0)
+        ]
+        assert all(int(x.mask.sum()) <= 5 for x in both)
+        plain.append(float(both[0].objective))
+        long.append(float(both[1].objective))
+    assert all(b <= a * (1 + 1e-5) for a, b in zip(plain, long, strict=True))
+    assert sum(b < a * (1 - 1e-3) for a, b in zip(plain, long, strict=True)) >= 1
+
+
+def test_members_beyond_the_budget_go_one_by_one():
+    rng = np.random.default_rng(0)
+    design = jnp.asarray(rng.normal(size=(30, 7)) + rng.normal(size=(30, 1)))
+    response = jnp.asarray(rng.normal(size=30))
+    model = quadratic.least_squares(design, response)
+    budget = make_budget(3, jnp.zeros(7))
+    problem = make_problem(model, budget)
+    everything = factorise(problem, jnp.arange(7, dtype=jnp.int32), jnp.ones(7, bool))
+    kept = list(range(7))
+    x, y = np.asarray(design), np.asarray(response)
+    while len(kept) > 3:  # backward elimination
+        rest = [[i for i in kept if i != j] for j in kept]
+        lengths = [np.linalg.lstsq(x[:, r], y, rcond=None)[1][0] for r in rest]
+        kept = rest[int(np.argmin(lengths))]
+    found = _within_capacity(problem, everything)
+    assert np.flatnonzero(found).tolist() == kept

@@ -47,7 +47,9 @@ def test_the_restricted_loss_is_the_loss_on_the_support():
     inputs, labels = data()
     part = jnp.asarray([0.5, -2.0])
     whole = jnp.zeros(6).at[jnp.asarray([4, 1])].set(part)
-    restricted = curvature.restrict((inputs, labels), jnp.asarray([4, 1]))
+    _, restricted = curvature.on_support(
+        curvature.loss, whole, (inputs, labels), jnp.asarray([4, 1])
+    )
     np.testing.assert_allclose(
         curvature.loss(part, *restricted), curvature.loss(whole, inputs, labels)
     )

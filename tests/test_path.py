@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+import scipy.sparse
 from jax.experimental.sparse import BCOO
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -281,6 +282,15 @@ def test_a_sparse_design_is_centered_without_memory():
     expected = np.linalg.lstsq(part, np.sqrt(share) * response, rcond=None)[0]
     np.testing.assert_allclose(found[kept], expected[:-1], rtol=1e-8)
     np.testing.assert_allclose(level, expected[-1], rtol=1e-8)
+
+
+def test_sparse_matrices_of_scipy_are_converted():
+    design, response = (jnp.asarray(x, jnp.float32) for x in data(5))
+    kinds = [design, scipy.sparse.csr_matrix(np.asarray(design))]
+    found = [recovery.regression(x, response).model for x in kinds]
+    np.testing.assert_allclose(found[0].gradient, found[1].gradient, atol=1e-4)
+    with pytest.raises(TypeError, match=r"recovery\.regression"):
+        quadratic.least_squares(kinds[1], response)
 
 
 # --- the choice of k -----------------------------------------------------------------

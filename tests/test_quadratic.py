@@ -760,3 +760,47 @@ def test_objective_is_a_pytree_that_traces_the_arrays_of_its_loss():
         objective = quadratic.make_objective(Partial(loss, jnp.asarray(scale)))
         assert value(objective, jnp.ones(3)) == 3 * scale
     assert len(traces) == 1
+
+
+def test_a_loss_of_a_few_entries_is_the_loss_with_the_others_zero():
+    def loss(params, scale):
+        return scale * jnp.sum(jnp.exp(params["a"])) + jnp.sum(params["b"] ** 4)
+
+    params = {"a": jnp.ones((2, 2)), "b": jnp.ones(3)}
+    index, part = jnp.asarray([5, 1, 0]), jnp.asarray([2.0, -1.0, 0.5])
+    objective = quadratic.make_objective(loss)
+    own = objective.on_support(params, (2.0,), index)
+    assert own is not None
+    restricted, args = own
+    whole = {
+        "a": jnp.asarray([[0.5, -1.0], [0.0, 0.0]]),
+        "b": jnp.asarray([0.0, 2.0, 0.0]),
+    }
+    np.testing.assert_allclose(restricted.value(part, args), loss(whole, 2.0))
+    exact = jax.hessian(lambda w: loss(w, 2.0))(whole)
+    curvature: Any = restricted.model(part, args).curvature
+    np.testing.assert_allclose(curvature.matrix[0, 0], exact["b"]["b"][1, 1])
+    np.testing.assert_allclose(curvature.matrix[2, 2], exact["a"]["a"][0, 0, 0, 0])
+    # Known by products only, or a model already: nothing to restrict.
+    few = quadratic.make_objective(loss, quadratic.Hessian(dense_limit=2))
+    assert few.on_support(params, (2.0,), index) is None
+
+
+def test_products_one_by_one_are_the_same_hessian():
+    rng = np.random.default_rng(0)
+    inputs = jnp.asarray(rng.normal(size=(200, 10)), jnp.float32)
+
+    def loss(w, x):
+        return jnp.mean(jnp.square(jnp.tanh(x @ w.reshape(10, 40))))
+
+    w = jnp.asarray(0.1 * rng.normal(size=400), jnp.float32)
+
+    @jax.jit
+    def build(w, x):
+        curvature: Any = quadratic.hessian(loss, w, (x,)).curvature
+        return curvature.matrix
+
+    assert "while" in build.lower(w, inputs).as_text()  # 400 products of 32 kB
+    np.testing.assert_allclose(
+        build(w, inputs), jax.hessian(loss)(w, inputs), atol=2e-6
+    )

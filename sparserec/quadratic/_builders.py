@@ -6,7 +6,9 @@ is too small for squares.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from sparserec import _tree
@@ -188,8 +190,13 @@ def least_squares(
 
     Raises:
       ValueError: shapes do not match.
-      TypeError: integer input; convert it first.
+      TypeError: integer or sparse input (says what to write).
     """
+    if not isinstance(design, jax.Array | np.ndarray):
+        raise TypeError(
+            f"`design` must be a dense array, got {type(design).__name__}; for sparse "
+            "ones write `sparserec.recovery.regression(X, y).model`."
+        )
     if design.ndim != 2 or response.shape != design.shape[:1]:
         raise ValueError(
             "`design` must have shape (m, n) and `response` shape (m,); got "

@@ -54,10 +54,13 @@ class LinearPredictor:
         # A row vector times the matrix is the fast order for XLA on CPU.
         return QuadraticModel(params, value, matmul(pull, inputs), curvature)
 
-    def restrict(self, args: tuple, index: Int[Array, "s"]) -> tuple:
-        """The data of the same loss over the entries of `index` alone."""
+    def on_support(
+        self, loss_fn: LossFn, params: Params, args: tuple, index: Int[Array, "s"]
+    ) -> tuple[LossFn, tuple]:
+        """The same loss over the entries of `index` alone: fewer columns of data."""
+        del params
         inputs, targets = args
-        return inputs[:, index], targets
+        return loss_fn, (inputs[:, index], targets)
 
 
 def _design(params: Params, args: tuple) -> tuple[Float[Array, "m n"], Array]:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend.core import jaxprs_in_params
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
@@ -163,7 +164,7 @@ class Hessian:
         curvature: Curvature
         if _tree.size(params) <= self.dense_limit:
             curvature = _dense_from_products(
-                _hessian_product(loss_fn, params, args), params
+                _hessian_product(loss_fn, params, args), params, args
             )
         else:
             curvature = MatrixFree(
@@ -174,16 +175,92 @@ class Hessian:
             )
         return QuadraticModel(params, value, gradient, curvature)
 
+    def on_support(
+        self, loss_fn: LossFn, params: Params, args: tuple, index: Int[Array, "s"]
+    ) -> tuple[LossFn, tuple] | None:
+        """The same loss as a function of the entries at `index`, the others zero.
 
-def _dense_from_products(product: Callable[[Params], Params], like: Params) -> Dense:
+        Args:
+          loss_fn: `loss_fn(params, *args) -> scalar`.
+          params: pytree of floating arrays; only shapes and dtypes are used.
+          args: data handed to the loss.
+          index: entries in tree order, shape `(s,)`; the values of an entry that
+            appears twice are added.
+
+        Returns:
+          A loss of vectors of shape `(s,)` and its data; `None` where its Hessian
+          would not be a stored matrix either.
+        """
+        if index.shape[0] > self.dense_limit:
+            return None
+        zeros = _tree.zeros_like(params)
+        return Partial(_loss_of_entries, as_pytree(loss_fn), zeros, index), args
+
+
+def _loss_of_entries(
+    loss_fn: LossFn,
+    zeros: Params,
+    index: Int[Array, "s"],
+    values: Float[Array, "s"],
+    *args: Any,
+) -> Scalar:
+    return loss_fn(_tree.with_entries(zeros, index, values), *args)
+
+
+_DATA_LIMIT, _PRODUCTS_LIMIT = 1 << 18, 1 << 21
+"""Bytes of data that stay in the cache of one core, and of products that do not."""
+
+
+def _dense_from_products(
+    product: Callable[[Params], Params], like: Params, args: tuple
+) -> Dense:
     layout = _tree.layout(like)
 
     def column(unit: Array) -> Array:
         return _tree.flatten(product(_tree.cast_like(layout.split(unit), like)))
 
-    matrix = jax.vmap(column)(jnp.eye(layout.size, dtype=_tree.dtype(like)))
+    def at_once(units: Array) -> Array:
+        return jax.vmap(column)(units)
+
+    def one_by_one(units: Array) -> Array:
+        return jax.lax.map(column, units)
+
+    units = jnp.eye(layout.size, dtype=_tree.dtype(like))
+    if _better_apart(column, units, args):
+        matrix = jax.lax.platform_dependent(units, cpu=one_by_one, default=at_once)
+    else:
+        matrix = at_once(units)
     half = jnp.asarray(0.5, matrix.dtype)
     return Dense(half * (matrix + matrix.T), layout)
+
+
+def _better_apart(
+    column: Callable[[Array], Array], units: Float[Array, "n n"], args: tuple
+) -> bool:
+    """Whether n products are faster one after another on CPU.
+
+    All at once are one pass over the data, but what lies between is n times as large
+    and leaves the cache; where data are small, passes over them cost nothing.
+    """
+    data = sum(x.nbytes for x in jax.tree.leaves(args) if isinstance(x, jax.Array))
+    if data > _DATA_LIMIT:
+        return False
+    jaxpr = jax.make_jaxpr(column)(units[0]).jaxpr
+    return units.shape[0] * _largest_result(jaxpr) > _PRODUCTS_LIMIT
+
+
+def _largest_result(jaxpr: Any) -> int:
+    """Bytes of the largest array that a program computes on the way."""
+    largest = 0
+    for equation in jaxpr.eqns:
+        sizes = [
+            x.aval.size * x.aval.dtype.itemsize
+            for x in equation.outvars
+            if hasattr(x.aval, "dtype")
+        ]
+        inner = [_largest_result(x) for x in jaxprs_in_params(equation.params)]
+        largest = max(largest, *sizes, *inner, 0)
+    return largest
 
 
 def hessian(loss_fn: LossFn, params: Params, args: tuple) -> QuadraticModel:

@@ -2,15 +2,16 @@
 
 import dataclasses
 import functools
+from typing import Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sparserec import _tree
 from sparserec._types import LossFn, Params, Scalar
 from sparserec.quadratic import _chunked
-from sparserec.quadratic._matrix_free import CurvatureFn, Hessian, as_pytree
+from sparserec.quadratic._matrix_free import CurvatureFn, Hessian, as_pytree, hessian
 from sparserec.quadratic._model import QuadraticModel
 
 
@@ -95,6 +96,29 @@ class Objective:
         value = model.value.astype(_tree.dtype(params))
         return dataclasses.replace(model, value=value)
 
+    def on_support(
+        self, params: Params, args: tuple, index: Int[Array, "s"]
+    ) -> tuple[Self, tuple] | None:
+        """The same objective for the entries at `index`, with all others zero.
+
+        Args:
+          params: gives shapes and dtypes.
+          args: data handed to the loss.
+          index: entries in tree order, shape `(s,)`.
+
+        Returns:
+          An objective of vectors of shape `(s,)` and its data; `None` for models,
+          data in chunks, and curvatures that know no such restriction.
+        """
+        restrict = getattr(self.curvature, "on_support", None)
+        if self.is_quadratic or self.on_host or restrict is None:
+            return None
+        found = restrict(self.loss_fn, params, args, index)
+        if found is None:
+            return None
+        loss_fn, args = found
+        return dataclasses.replace(self, loss_fn=loss_fn), args
+
 
 def make_objective(
     loss_fn: LossFn | QuadraticModel,
@@ -113,5 +137,7 @@ def make_objective(
       The objective that solvers such as `sparserec.iht_solver` take.
     """
     wrapped = loss_fn if isinstance(loss_fn, QuadraticModel) else as_pytree(loss_fn)
-    builder = Hessian() if curvature is None else curvature
-    return Objective(wrapped, builder, batch_size)
+    # The default by its settings, so that what these offer is known.
+    if curvature is None or curvature is hessian:
+        curvature = Hessian()
+    return Objective(wrapped, curvature, batch_size)

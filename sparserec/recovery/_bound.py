@@ -77,6 +77,8 @@ def lower_bound(
 
     Returns:
       A `Bound`, valid wherever the iteration stops. The larger the ridge the tighter.
+      It holds within bounds of the weights too, which leave fewer vectors to choose
+      from, but is looser there.
 
     Raises:
       ValueError: `k` out of range, `max_steps` below 1.

@@ -15,7 +15,7 @@ from sparserec.solvers import _box, _front
 from sparserec.solvers._columns import rounded
 from sparserec.solvers._l0cd_types import Weights
 from sparserec.solvers._selection import make_selection, most_entries
-from sparserec.solvers.l0cd import check_model
+from sparserec.solvers.l0cd import check_model, known_zero
 
 
 def path(
@@ -109,7 +109,14 @@ def path(
     fixed = _tree.size(working) - total
     slots = min(k_max + fixed + 1, _tree.size(working))
     if isinstance(loss_fn, QuadraticModel):
-        found = model_path(loss_fn, budget, strength, slots=slots, k_max=int(k_max))
+        found = model_path(
+            loss_fn,
+            budget,
+            strength,
+            slots=slots,
+            k_max=int(k_max),
+            around_zero=known_zero(loss_fn.center),
+        )
     else:
         found = loss_path(
             objective, working, budget, args, strength, slots=slots, k_max=int(k_max)

@@ -19,9 +19,8 @@ from sparserec._types import Count, Params, Scalar, Status, first_status
 from sparserec.budget import Budget
 from sparserec.quadratic import Objective
 from sparserec.recovery._record import Path, Records, as_path, improve
-from sparserec.solvers import _l0cd_loss
 from sparserec.solvers._columns import group_of_entries, make_problem
-from sparserec.solvers._l0cd_loss import Candidate
+from sparserec.solvers._l0cd_refit import Candidate, refit
 from sparserec.solvers._l0cd_types import Weights
 from sparserec.solvers._starts import slots_of
 from sparserec.solvers._swaps import Slots, best_removal, factorise
@@ -73,7 +72,7 @@ def loss_path(
     nothing = jnp.zeros((), wide)
     weights = Weights(nothing, l2, nothing, None)
     fixed = group_of_entries(budget, _tree.layout(params)) < 0
-    refit = functools.partial(_l0cd_loss.refit, objective, weights, budget, args)
+    refitted_on = functools.partial(refit, objective, weights, budget, args)
 
     def propose(state: _Sweep) -> tuple[Slots, Scalar, Count]:
         """What the model at the present params makes of their support."""
@@ -96,7 +95,7 @@ def loss_path(
         first = state.k == 0
         support, gain, moves = propose(state)
         present = state.present
-        new = refit(present.params, support)
+        new = refitted_on(present.params, support)
         eps = jnp.finfo(wide).eps
         slack = 64 * eps * jnp.abs(new.objective)
         over = ~state.rising & state.arrived
@@ -159,9 +158,8 @@ def _start(params: Params, fixed: Bool[Array, "n"], slots: int, k_max: int) -> _
 def _record(best: Candidate, gain: Scalar, in_time: Bool[Array, ""]) -> Records:
     """A candidate as the entry for its k."""
     flat = _tree.flatten(best.params)[best.slots.index].astype(gain.dtype)
-    return Records(
-        best.slots.index,
-        best.slots.filled,
+    return Records.of(
+        best.slots,
         jnp.where(best.slots.filled, flat, 0),
         best.objective,
         gain,
@@ -175,8 +173,8 @@ def _record(best: Candidate, gain: Scalar, in_time: Bool[Array, ""]) -> Records:
 
 def _recorded(records: Records, row: Count, like: Candidate) -> Candidate:
     """The entry for one k as a candidate."""
-    index, filled = records.index[row], records.filled[row]
+    slots = records.slots(row)
     flat = jnp.zeros_like(_tree.flatten(like.params))
-    flat = flat.at[index].add(jnp.where(filled, records.values[row], 0))
+    flat = flat.at[slots.index].add(jnp.where(slots.filled, records.values[row], 0))
     params = _tree.cast_like(_tree.layout(like.params).split(flat), like.params)
-    return Candidate(params, Slots(index, filled), records.value[row])
+    return Candidate(params, slots, records.value[row])

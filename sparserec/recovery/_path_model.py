@@ -24,12 +24,13 @@ from sparserec.solvers._columns import Problem, columns, make_problem
 from sparserec.solvers._starts import empty
 from sparserec.solvers._swaps import (
     Members,
+    Slots,
     apply_move,
     best_addition,
     best_exchange,
     best_removal,
     refresh,
-    slack_of,
+    slack_at,
 )
 from sparserec.solvers._walk import REFRESH
 
@@ -49,9 +50,15 @@ class _Sweep(NamedTuple):
     going: Bool[Array, ""]
 
 
-@functools.partial(jax.jit, static_argnames=("slots", "k_max"))
+@functools.partial(jax.jit, static_argnames=("slots", "k_max", "around_zero"))
 def model_path(
-    model: QuadraticModel, budget: Budget, l2: Scalar, *, slots: int, k_max: int
+    model: QuadraticModel,
+    budget: Budget,
+    l2: Scalar,
+    *,
+    slots: int,
+    k_max: int,
+    around_zero: bool,
 ) -> Path:
     """Supports, values and objectives for every k from 1 to `k_max`.
 
@@ -61,11 +68,12 @@ def model_path(
       l2: weight of the squared norm.
       slots: places for members: `k_max`, and the weights that are never pruned.
       k_max: largest budget.
+      around_zero: whether the center of the model is known to be zero; static.
 
     Returns:
       The path, with objectives that do not rise in k.
     """
-    problem = make_problem(model, budget, l2=l2)
+    problem = make_problem(model, budget, l2=l2, around_zero=around_zero)
 
     def stretch(state: _Sweep) -> _Sweep:
         """A fresh factorisation, and moves until the next one is due."""
@@ -77,8 +85,7 @@ def model_path(
 
     start = _start(problem, slots, k_max)
     end = jax.lax.while_loop(lambda state: state.going, stretch, start)
-    records = end.records._replace(value=model.sound(end.records.value))
-    return as_path(records, end.moves, model.center, budget)
+    return as_path(end.records, end.moves, model.center, budget, model.sound)
 
 
 def _start(problem: Problem, slots: int, k_max: int) -> _Sweep:
@@ -115,10 +122,9 @@ def _start(problem: Problem, slots: int, k_max: int) -> _Sweep:
 
 def _renew(problem: Problem, state: _Sweep) -> _Sweep:
     """The members from scratch: those there are, or those of the record at k."""
-    records, old = state.records, state.members
-    row = jnp.maximum(state.k - 1, 0)
-    index = jnp.where(state.load, records.index[row], old.index)
-    filled = jnp.where(state.load, records.filled[row], old.filled)
+    old, found = state.members, state.records.slots(jnp.maximum(state.k - 1, 0))
+    index = jnp.where(state.load, found.index, old.index)
+    filled = jnp.where(state.load, found.filled, old.filled)
     gram = jax.lax.cond(
         state.load & jnp.any(filled),
         lambda: jnp.where(filled[:, None], columns(problem, index), 0),
@@ -133,27 +139,25 @@ def _renew(problem: Problem, state: _Sweep) -> _Sweep:
 def _iterate(problem: Problem, k_max: int, state: _Sweep) -> _Sweep:
     """Judges the members at their k, and takes the next move."""
     members = state.members
-    slack = slack_of(problem, members)
+    values, value, slack = _polished(problem, members)
     exchange = best_exchange(problem, members)
     limited = state.here > _LIMIT * (state.k + 2)
     settled = (exchange.gain <= slack) | limited
-    values, value = _polished(problem, members)
     status = jnp.where(limited, int(Status.MAX_STEPS), int(Status.CONVERGED))
     status = jnp.where(jnp.isfinite(value), status, int(Status.NONFINITE))
-    found = Records(
-        members.index,
-        members.filled,
+    found = Records.of(
+        Slots(members.index, members.filled),
         values,
         jnp.where(settled, value, jnp.inf),
         exchange.gain,
-        status.astype(jnp.int32),
+        status,
     )
     row = jnp.maximum(state.k - 1, 0)
     records, worse = improve(state.records, row, found, slack)
     # What was found at this k on the way up is the better place to go on from.
     load = settled & worse & ~state.loaded
     onward = settled & ~load
-    above = best_addition(problem._replace(capacity=state.k[None] + 1), members)
+    above = best_addition(problem, members, full=state.k >= k_max)
     below = best_removal(problem, members)
     # Where nothing is left to explain the way back begins early.
     rising = state.rising & ~(onward & (state.k == k_max))
@@ -175,11 +179,14 @@ def _iterate(problem: Problem, k_max: int, state: _Sweep) -> _Sweep:
     )
 
 
-def _polished(problem: Problem, members: Members) -> tuple[Float[Array, "s"], Scalar]:
-    """Values after a step of refinement, and the objective there."""
+def _polished(
+    problem: Problem, members: Members
+) -> tuple[Float[Array, "s"], Scalar, Scalar]:
+    """Values after a step of refinement, the objective there, and its rounding."""
     target = jnp.where(members.filled, problem.linear[members.index], 0)
     bent = matmul(members.values, members.gram)[members.index]
     residual = jnp.where(members.filled, target - bent, 0)
     values = members.values + matmul(members.inverse, residual)
-    explained = jnp.vdot(members.values, target) + jnp.vdot(values, residual)
-    return values, problem.constant - explained / 2
+    explained = jnp.sum(members.values * target + values * residual)
+    value = problem.constant - explained / 2
+    return values, value, slack_at(value, explained)

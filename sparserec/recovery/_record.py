@@ -3,6 +3,7 @@
 Legend: s slots (places for members of a support), K budgets from 1 to K.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Self
 
 import jax
@@ -12,7 +13,6 @@ from jaxtyping import Array, Bool, Float, Int
 from sparserec import _tree
 from sparserec._types import Count, Mask, Params, Scalar, Status
 from sparserec.budget import Budget
-from sparserec.solvers._columns import group_of_entries
 from sparserec.solvers._swaps import Slots
 
 
@@ -46,34 +46,53 @@ class Path(NamedTuple):
 class Records(NamedTuple):
     """Supports with their values; one without the leading axis is that of one k.
 
+    Two arrays in place of six: what is written and read together compiles as one.
+
     Attributes:
-      index: entry in each slot, int32, shape `(K, s)`.
-      filled: which slots are in use, shape `(K, s)`.
-      values: refitted values, zeros in empty slots, shape `(K, s)`.
-      value: objective, infinite before a first support, shape `(K,)`.
-      gain: of the best exchange still available, shape `(K,)`.
-      status: `Status` codes, int32, shape `(K,)`.
+      places: entry in each slot, -1 in empty ones, and last the `Status` code, int32,
+        shape `(K, s + 1)`.
+      numbers: refitted values, zeros in empty slots, then the objective, infinite
+        before a first support, and the gain of the best exchange still available,
+        shape `(K, s + 2)`.
     """
 
-    index: Int[Array, "K s"]
-    filled: Bool[Array, "K s"]
-    values: Float[Array, "K s"]
-    value: Float[Array, "K"]
-    gain: Float[Array, "K"]
-    status: Int[Array, "K"]
+    places: Int[Array, "K s1"]
+    numbers: Float[Array, "K s2"]
+
+    @classmethod
+    def of(
+        cls, slots: Slots, values: Array, value: Scalar, gain: Scalar, status: Array
+    ) -> Self:
+        """The entry for one k."""
+        places = jnp.where(slots.filled, slots.index, -1)
+        return cls(
+            jnp.append(places, status.astype(jnp.int32)),
+            jnp.concatenate([values, value[None], gain[None]]),
+        )
 
     @classmethod
     def empty(cls, k_max: int, start: Slots, dtype: jnp.dtype) -> Self:
         """Nothing found yet; supports are those of the start."""
-        shape = (k_max, start.index.shape[0])
-        return cls(
-            index=jnp.broadcast_to(start.index, shape),
-            filled=jnp.broadcast_to(start.filled, shape),
-            values=jnp.zeros(shape, dtype),
-            value=jnp.full(k_max, jnp.inf, dtype),
-            gain=jnp.full(k_max, jnp.nan, dtype),
-            status=jnp.full(k_max, int(Status.NONFINITE), jnp.int32),
-        )
+        infinite, unknown = (jnp.full((), x, dtype) for x in (jnp.inf, jnp.nan))
+        nothing = jnp.zeros(start.index.shape, dtype)
+        status = jnp.int32(Status.NONFINITE)
+        one = cls.of(start, nothing, infinite, unknown, status)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (k_max, *x.shape)), one)
+
+    def slots(self, row: Count) -> Slots:
+        """The support of one k."""
+        places = self.places[row, :-1]
+        return Slots(jnp.maximum(places, 0), places >= 0)
+
+    @property
+    def values(self) -> Float[Array, "K s"]:
+        """Refitted values."""
+        return self.numbers[..., :-2]
+
+    @property
+    def value(self) -> Float[Array, "K"]:
+        """Objectives."""
+        return self.numbers[..., -2]
 
 
 def improve(
@@ -96,24 +115,37 @@ def improve(
 
 def monotone(value: Float[Array, "K"]) -> Int[Array, "K"]:
     """For every k, the place of the smallest support that is not worse."""
-    lowest = jax.lax.cummin(value)
     place = jnp.arange(value.shape[0], dtype=jnp.int32)
-    earlier = jnp.concatenate([jnp.full(1, jnp.inf, lowest.dtype), lowest[:-1]])
-    return jax.lax.cummax(jnp.where(value < earlier, place, 0))
+    before = place[None, :] < place[:, None]
+    earlier = jnp.min(jnp.where(before, value[None, :], jnp.inf), axis=1)
+    lower = jnp.where(value < earlier, place, 0)
+    return jnp.max(jnp.where(place[None, :] <= place[:, None], lower[None, :], 0), 1)
 
 
-def as_path(records: Records, moves: Count, like: Params, budget: Budget) -> Path:
-    """The records as params and masks, with objectives that do not rise in k."""
-    best = monotone(records.value)
-    records = jax.tree.map(lambda x: x[best], records)
-    rows = jnp.arange(records.value.shape[0])[:, None]
-    shape = (records.value.shape[0], _tree.size(like))
-    flat = jnp.zeros(shape, records.values.dtype)
-    flat = flat.at[rows, records.index].add(records.values)
-    inside = jnp.zeros(shape, bool).at[rows, records.index].max(records.filled)
+def as_path(
+    records: Records,
+    moves: Count,
+    like: Params,
+    budget: Budget,
+    sound: Callable[[Array], Array] = lambda value: value,
+) -> Path:
+    """The records as params and masks, with objectives that do not rise in k.
+
+    `sound` takes from values what is rounding.
+    """
+    value = sound(records.value)
+    best = monotone(value)
+    places, numbers = records.places[best], records.numbers[best]
+    index, filled = jnp.maximum(places[:, :-1], 0), places[:, :-1] >= 0
+    rows = jnp.arange(places.shape[0])[:, None]
+    shape = (places.shape[0], _tree.size(like))
+    flat = jnp.zeros(shape, numbers.dtype).at[rows, index].add(numbers[:, :-2])
+    inside = jnp.zeros(shape, bool).at[rows, index].max(filled)
     split = jax.vmap(_tree.layout(like).split)
-    fixed = group_of_entries(budget, _tree.layout(like)) < 0
-    kept = jnp.sum(inside & ~fixed[None, :], axis=1, dtype=jnp.int32)
+    owners = budget.groups
+    fixed = sum(
+        x.size for x, g in zip(jax.tree.leaves(like), owners, strict=True) if g < 0
+    )
     leaves, structure = jax.tree.flatten(split(inside))
     mask = [
         x if g >= 0 else jnp.ones_like(x)
@@ -123,9 +155,10 @@ def as_path(records: Records, moves: Count, like: Params, budget: Budget) -> Pat
         ks=jnp.arange(1, shape[0] + 1, dtype=jnp.int32),
         params=_tree.cast_like(split(flat), like),
         mask=jax.tree.unflatten(structure, mask),
-        kept=kept,
-        objective=records.value,
-        gain=records.gain,
-        status=records.status,
+        # Weights that are never pruned are on every support.
+        kept=jnp.sum(filled, axis=1, dtype=jnp.int32) - fixed,
+        objective=sound(numbers[:, -2]),
+        gain=numbers[:, -1],
+        status=places[:, -1],
         moves=moves,
     )

@@ -82,7 +82,8 @@ def regression(
 
     Args:
       design: $X$, shape `(m, n)`, floating, an array or a
-        `jax.experimental.sparse.BCOO` with two sparse axes.
+        `jax.experimental.sparse.BCOO` with two sparse axes; a sparse matrix of SciPy is
+        converted to one.
       response: $y$, shape `(m,)`, floating; or several, shape `(m, t)`, whose squares
         are added up. Give `path` the `groups()` of the answer, and k counts features.
       weights: $\omega \ge 0$, shape `(m,)`; ones if `None`.
@@ -97,6 +98,8 @@ def regression(
       ValueError: shapes do not match; NaN or infinities (says in which columns).
       TypeError: integer input; convert it first.
     """
+    if not isinstance(design, BCOO) and hasattr(design, "tocoo"):
+        design = BCOO.from_scipy_sparse(design)
     _check(design, response, weights)
     wide = _tree.dtype(_tree.to_working_precision((_values(design), response)))
     response = response.astype(wide)

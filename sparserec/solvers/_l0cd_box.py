@@ -15,7 +15,6 @@ from sparserec.solvers import _box, _box_search, _l0cd_steps, _states
 from sparserec.solvers._box import Box
 from sparserec.solvers._box_search import Placed
 from sparserec.solvers._columns import Problem, make_problem
-from sparserec.solvers._coordinate import coordinate_descent
 from sparserec.solvers._l0cd_types import (
     Options,
     Weights,
@@ -23,6 +22,7 @@ from sparserec.solvers._l0cd_types import (
     mask_of,
     penalties,
 )
+from sparserec.solvers._l1_search import l1_search
 from sparserec.solvers._refit import Fit, Scales
 from sparserec.solvers._refit_within import refit_within
 from sparserec.solvers._starts import empty, slots_of
@@ -77,8 +77,13 @@ def _solve_model(
     problem = make_problem(model, budget, penalty=weights.penalty, l2=weights.l2)
     problem = _bounded(problem, box)
     flat = _tree.flatten(state.params).astype(problem.linear.dtype)
-    flat, done = coordinate_descent(
-        problem, flat, weights.l1, order=options.order, slots=options.slots
+    flat, done = l1_search(
+        problem,
+        flat,
+        weights.l1,
+        order=options.order,
+        slots=options.slots,
+        swaps=options.lasso and options.swaps,
     )
     if options.lasso:
         inside = flat != 0

@@ -1,6 +1,15 @@
-"""A step of L0 coordinate descent on any loss: one model after another."""
+"""A step of L0 coordinate descent on any loss: one model after another.
+
+Where no support nearby is better, the search goes on from supports with a few more or
+fewer members (strategic oscillation, Glover 1977): what comes in or goes out on the
+way back to the budget often differs, and classes that are nearly separated have many
+local optima that single exchanges do not leave.
+
+Legend: n weights, s slots (places for members of a support), g groups of a budget.
+"""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,17 +19,17 @@ from jaxtyping import Array, Bool, Int
 
 from sparserec import _tree
 from sparserec._run import State
-from sparserec._types import Params, Scalar
+from sparserec._types import Count, Params, Scalar
 from sparserec.budget import Budget
-from sparserec.quadratic import Objective, QuadraticModel
-from sparserec.solvers import _starts
+from sparserec.quadratic import Objective
+from sparserec.solvers import _search, _starts
 from sparserec.solvers._columns import Problem, make_problem
+from sparserec.solvers._l0cd_refit import Candidate, refit, select
 from sparserec.solvers._l0cd_types import (
     Options,
     Weights,
     fixed_entries,
     mask_of,
-    penalties,
 )
 from sparserec.solvers._starts import slots_of
 from sparserec.solvers._swaps import (
@@ -34,17 +43,19 @@ from sparserec.solvers._swaps import (
 )
 from sparserec.solvers._walk import walk
 
-_REFITS = 4  # models on one support before its loss is compared
-_HALVINGS = 10  # of a step of a refit
 _TRIED = 8  # neighbors refitted where the model sees no way down
+_SWINGS = 4  # 1 more, 1 fewer, 2 more, 2 fewer, for an effort of 1
+_DESCENT = 8  # most models on the way down from one of them
 
 
-class Candidate(NamedTuple):
-    """A support with its values and the objective there."""
-
-    params: Params
-    slots: Slots
-    objective: Scalar
+class _Search(NamedTuple):
+    here: Candidate  # may have more or fewer members than the budget
+    swing: Count  # the one under way; 0 before the first
+    away: Bool[Array, ""]  # the next support leaves the budget
+    steps: Count  # models since then
+    unsure: Bool[Array, ""]  # whether to look beyond the first local optimum
+    slope: Params  # gradient at the first model
+    going: Bool[Array, ""]
 
 
 def improve_loss(
@@ -61,21 +72,136 @@ def improve_loss(
     mask = _tree.flatten(state.mask) & (_tree.flatten(state.params) != 0)
     own = slots_of(mask | fixed, options.slots)
     refitted_on = functools.partial(refit, objective, weights, budget, args)
-    present = refitted_on(state.params, own)
-    model = objective.model(present.params, args)
-    problem = make_problem(model, budget, penalty=weights.penalty, l2=weights.l2)
-    first = (index == 0) & ~jnp.any(mask & ~fixed)
+    home = refitted_on(state.params, own)
+    unknown = (index == 0) & ~jnp.any(mask & ~fixed)
+    swings = 0 if options.penalised else math.ceil(_SWINGS * options.effort)
 
-    def pursue() -> Slots:
-        if options.penalised:
-            return _starts.empty(problem, options.slots)
-        return _starts.thresholding_pursuit(problem, budget, options.slots)
+    def body(search: _Search) -> _Search:
+        here = search.here
+        model = objective.model(here.params, args)
+        problem = make_problem(model, budget, penalty=weights.penalty, l2=weights.l2)
+        problem = problem._replace(capacity=_capacity(search, budget))
 
-    begin = jax.lax.cond(first, pursue, lambda: own)
-    members = factorise(problem, *begin)
-    far = walk(problem, members, patience=0, max_moves=20 * options.slots)
-    chosen = _first_better(refitted_on, present, far.best, _neighbors(problem, members))
-    return _next_state(state, chosen, model, budget, fixed)
+        def pursue() -> Slots:
+            if options.penalised:
+                return _starts.empty(problem, options.slots)
+            return _starts.thresholding_pursuit(problem, budget, options.slots)
+
+        first = search.swing == 0
+        begin = jax.lax.cond(first & unknown, pursue, lambda: here.slots)
+        members = factorise(problem, *begin)
+        within = _within_capacity(problem, members)
+        unlike = search.away | jnp.any(within != members.filled)
+        far = walk(
+            problem,
+            members._replace(filled=within),
+            patience=0,
+            max_moves=20 * options.slots,
+        )
+        found = _first_better(
+            refitted_on,
+            here._replace(objective=jnp.where(unlike, jnp.inf, here.objective)),
+            far.best,
+            _neighbors(problem, members),
+            most=jnp.where(unlike, 1, jnp.where(first, 2 + _TRIED, 2)),
+        )
+        unsure = jnp.where(
+            first, ~_search.is_safe(far.members, far.gain), search.unsure
+        )
+        slope = jax.tree.map(
+            lambda a, b: jnp.where(first, a, b), model.gradient, search.slope
+        )
+        search = search._replace(unsure=unsure, slope=slope)
+        return _onward(search, home, found, unlike, swings)
+
+    start = _Search(
+        here=home,
+        swing=jnp.int32(0),
+        away=jnp.bool_(False),
+        steps=jnp.int32(0),
+        unsure=jnp.bool_(True),
+        slope=_tree.zeros_like(home.params),
+        going=jnp.bool_(True),
+    )
+    end = jax.lax.while_loop(lambda search: search.going, body, start)
+    return _next_state(state, end.here, end.slope, budget, fixed)
+
+
+def _capacity(search: _Search, budget: Budget) -> Int[Array, "g"]:
+    """The budget, or one, two, ... more and fewer in turn on the way out."""
+    more = search.swing % 2 == 1
+    size = (search.swing + 1) // 2
+    shift = jnp.where(search.away, jnp.where(more, size, -size), 0)
+    return jnp.maximum(budget.counts + shift, 0)
+
+
+def _within_capacity(problem: Problem, members: Members) -> Bool[Array, "s"]:
+    """The members without those that cost least, one by one, until there is room."""
+    group = problem.group[members.index]
+    groups = jnp.arange(problem.capacity.shape[0], dtype=jnp.int32)
+
+    def candidates(filled: Array) -> Array:
+        held = jnp.sum(
+            (group[:, None] == groups[None, :]) & filled[:, None], 0, jnp.int32
+        )
+        return filled & (group >= 0) & (held > problem.capacity)[group]
+
+    def remove(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        filled, inverse, values = state
+        diagonal = jnp.diagonal(inverse)
+        pivot = jnp.where(diagonal > 0, diagonal, 1)
+        cost = jnp.square(values) / pivot
+        # What is not finite goes last, but before those that stay.
+        largest = jnp.finfo(cost.dtype).max
+        cost = jnp.where(cost < largest, cost, largest)
+        cost = jnp.where(candidates(filled), cost, jnp.inf)
+        gone = jnp.argmin(cost)
+        column = inverse[gone] / pivot[gone]
+        return (
+            filled.at[gone].set(False),
+            inverse - column[:, None] * inverse[gone][None, :],
+            values - column * values[gone],
+        )
+
+    return jax.lax.while_loop(
+        lambda state: jnp.any(candidates(state[0])),
+        remove,
+        (members.filled, members.inverse, members.values),
+    )[0]
+
+
+def _onward(
+    search: _Search,
+    home: Candidate,
+    found: Candidate,
+    unlike: Bool[Array, ""],
+    swings: int,
+) -> _Search:
+    """Follows what was found down to a local optimum, then swings to the other side.
+
+    A better support than the one at home ends the step: the next one begins there.
+    """
+    better = found.objective < _enough(home)
+    lower = unlike | (found.objective < search.here.objective)
+    descending = (search.swing > 0) & lower & (search.steps < _DESCENT)
+    settled = ~search.away & ~descending
+    again = settled & ~better
+    more = search.unsure & (search.swing < swings)
+    return _Search(
+        here=select(again, home, found),
+        swing=search.swing + again.astype(jnp.int32),
+        away=again,
+        steps=jnp.where(again, 0, search.steps + 1),
+        unsure=search.unsure,
+        slope=search.slope,
+        going=~settled | (again & more),
+    )
+
+
+def _enough(home: Candidate) -> Scalar:
+    """The objective below which a support is better, not only rounded otherwise."""
+    eps = jnp.finfo(home.objective.dtype).eps
+    return home.objective - 64 * eps * jnp.abs(home.objective)
 
 
 def _neighbors(problem: Problem, members: Members) -> Slots:
@@ -110,26 +236,29 @@ def _first_better(
     present: Candidate,
     far: Slots,
     near: Slots,
+    *,
+    most: Count,
 ) -> Candidate:
     """The better of two refitted supports or, where neither helps, the next that does.
 
     A model says little about supports whose values lie far away; their refits do.
+    At most so many are refitted; a single one is taken as it is.
     """
     supports = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), far, near)
-    eps = jnp.finfo(present.objective.dtype).eps
-    enough = present.objective - 64 * eps * jnp.abs(present.objective)
+    enough = _enough(present)
+    alone = most == 1
 
     def body(state: tuple[Candidate, Int[Array, ""]]):
         best, number = state
         slots = jax.tree.map(lambda x: x[number], supports)
         found = refitted_on(present.params, slots)
-        better = found.objective < jnp.minimum(best.objective, enough)
-        return _select(better, found, best), number + 1
+        better = alone | (found.objective < jnp.minimum(best.objective, enough))
+        return select(better, found, best), number + 1
 
     def going(state: tuple[Candidate, Int[Array, ""]]) -> Bool[Array, ""]:
         best, number = state
-        unhelped = best.objective >= enough
-        return (number < 2) | (unhelped & (number < supports.filled.shape[0]))
+        wanted = (number < 2) | (best.objective >= enough)
+        return wanted & (number < jnp.minimum(most, supports.filled.shape[0]))
 
     return jax.lax.while_loop(going, body, (present, jnp.int32(0)))[0]
 
@@ -137,7 +266,7 @@ def _first_better(
 def _next_state(
     state: State,
     chosen: Candidate,
-    model: QuadraticModel,
+    slope: Params,
     budget: Budget,
     fixed: Bool[Array, "n"],
 ) -> State:
@@ -145,8 +274,8 @@ def _next_state(
     inside = inside.at[chosen.slots.index].max(chosen.slots.filled) | fixed
     mask = mask_of(inside, state.params, budget)
     change = _tree.norm(_tree.sub(chosen.params, state.params))
-    gradient_norm = jnp.maximum(state.memory, _tree.norm(model.gradient))
-    live = _tree.norm(_tree.keep(mask, model.gradient))
+    gradient_norm = jnp.maximum(state.memory, _tree.norm(slope))
+    live = _tree.norm(_tree.keep(mask, slope))
     same = jnp.all(_tree.flatten(mask) == _tree.flatten(state.mask))
     tiny = jnp.finfo(change.dtype).tiny
     return state._replace(
@@ -160,76 +289,3 @@ def _next_state(
         ).astype(change.dtype),
         memory=gradient_norm,
     )
-
-
-def refit(
-    objective: Objective,
-    weights: Weights,
-    budget: Budget,
-    args: tuple,
-    params: Params,
-    slots: Slots,
-) -> Candidate:
-    """A few Newton steps on a support, each halved until the loss falls.
-
-    Where the curvature can be restricted, no step sees the rest of the data.
-    """
-    restrict = getattr(objective.curvature, "restrict", None)
-    if restrict is None:
-        return _newton_steps(objective, weights, budget, args, params, slots)
-    part = jnp.where(slots.filled, params[slots.index], 0)
-    places = Slots(jnp.arange(part.size, dtype=jnp.int32), slots.filled)
-    data = restrict(args, slots.index)
-    found = _newton_steps(objective, weights, budget, data, part, places)
-    whole = jnp.zeros_like(params).at[slots.index].add(found.params)
-    return Candidate(whole, slots, found.objective)
-
-
-def _newton_steps(
-    objective: Objective,
-    weights: Weights,
-    budget: Budget,
-    args: tuple,
-    params: Params,
-    slots: Slots,
-) -> Candidate:
-    inside = jnp.zeros(_tree.size(params), bool).at[slots.index].max(slots.filled)
-    layout = _tree.layout(params)
-    start = _tree.keep(layout.split(inside), params)
-
-    def value(params: Params) -> Scalar:
-        total = objective.value(params, args) + penalties(params, budget, weights)
-        return jnp.where(jnp.isfinite(total), total, jnp.inf)
-
-    def newton(_: Array, state: tuple[Params, Scalar]) -> tuple[Params, Scalar]:
-        params, best = state
-        model = objective.model(params, args)
-        problem = make_problem(model, budget, l2=weights.l2)
-        target = _starts.refitted(problem, slots)
-        usable = slots.filled & jnp.isfinite(target)
-        flat = jnp.zeros_like(problem.linear)
-        flat = flat.at[slots.index].add(jnp.where(usable, target, 0))
-        goal = _tree.cast_like(layout.split(flat), params)
-        step = _tree.sub(goal, params)
-
-        def trial(length: Scalar) -> tuple[Params, Scalar, Scalar]:
-            point = _tree.add_scaled(params, length, step)
-            return point, value(point), length
-
-        def halve(state: tuple[Params, Scalar, Scalar]):
-            return trial(state[2] / 2)
-
-        point, there, _ = jax.lax.while_loop(
-            lambda s: (s[1] > best) & (s[2] > 2.0**-_HALVINGS),
-            halve,
-            trial(jnp.ones((), best.dtype)),
-        )
-        better = there <= best
-        return _tree.where(better, point, params), jnp.where(better, there, best)
-
-    params, best = jax.lax.fori_loop(0, _REFITS, newton, (start, value(start)))
-    return Candidate(params, slots, best.astype(_tree.dtype(params)))
-
-
-def _select(condition: Bool[Array, ""], a: Candidate, b: Candidate) -> Candidate:
-    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)

@@ -16,6 +16,7 @@ from sparserec.solvers._columns import Problem, make_problem
 from sparserec.solvers._coordinate import coordinate_descent
 from sparserec.solvers._l0cd_loss import improve_loss
 from sparserec.solvers._l0cd_types import Options, Weights, mask_of, penalties
+from sparserec.solvers._l1_search import l1_search
 from sparserec.solvers._starts import slots_of
 from sparserec.solvers._swaps import (
     Members,
@@ -79,8 +80,13 @@ def _solve_model(
     flat = _tree.flatten(state.params).astype(problem.linear.dtype)
     failure = state.failure
     if options.lasso:
-        flat, done = coordinate_descent(
-            problem, flat, weights.l1, order=options.order, slots=options.slots
+        flat, done = l1_search(
+            problem,
+            flat,
+            weights.l1,
+            order=options.order,
+            slots=options.slots,
+            swaps=options.swaps,
         )
         mask = mask_of(flat != 0, state.params, budget)
         value = None

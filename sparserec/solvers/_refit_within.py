@@ -13,6 +13,7 @@ from sparserec.quadratic import Objective
 from sparserec.solvers import _box, _states
 from sparserec.solvers._box import Box
 from sparserec.solvers._refit import Fit, Scales, by_products, refit, solve_on
+from sparserec.solvers._starts import slots_of
 
 _ROUNDS = 300
 """Most models built in one refit; about one for every bound that is met."""
@@ -64,6 +65,12 @@ def refit_within(
     Source: Bertsekas (1982) for projected Newton steps; Lawson & Hanson (1974) and
     Stark & Parker (1995) for the steps to the first bound.
     """
+    part = _on_support(objective, mask, params, args, slots, box)
+    if part is not None:
+        places, index, values, (own, data), own_box = part
+        fit = refit_within(own, places, values, data, scales, slots, own_box)
+        zeros = _tree.zeros_like(params)
+        return fit._replace(params=_tree.with_entries(zeros, index, fit.params))
     if box is None:
         return refit(objective, mask, params, args, scales, slots)
     info = jnp.finfo(_tree.dtype(params))
@@ -128,6 +135,35 @@ def refit_within(
         on_host=objective.on_host,
     )
     return end.fit
+
+
+def _on_support(
+    objective: Objective,
+    mask: Mask,
+    params: Params,
+    args: tuple,
+    slots: int,
+    box: Box | None,
+):
+    """Everything that a refit needs as vectors of the slots, if models are cheaper so.
+
+    A Hessian that is known by products only stays so: there a solve takes fewer
+    products than there are members.
+    """
+    size = _tree.size(params)
+    stored = size <= getattr(objective.curvature, "dense_limit", size)
+    if slots >= size or not stored:
+        return None
+    places = slots_of(_tree.flatten(mask), slots)
+    index = places.index
+    own = objective.on_support(params, args, index)
+    if own is None:
+        return None
+    values = jnp.where(places.filled, _tree.flatten(params)[index], 0)
+    if box is not None:
+        wide = values.dtype
+        box = Box(*(_tree.flatten(x).astype(wide)[index] for x in box))
+    return places.filled, index, values, own, box
 
 
 def _to_first_bound(

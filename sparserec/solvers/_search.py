@@ -267,18 +267,13 @@ def _plan(members: Members, gain: Scalar, options: SearchOptions) -> _Plan:
     The mean of what one more entry would explain is the variance of the noise where
     the support is right, and more where it is not.
     """
-    outside = ~members.inside
-    explained = jnp.where(outside, jnp.square(members.slope) / members.bend, 0)
-    count = jnp.maximum(jnp.sum(outside, dtype=jnp.int32), 1)
-    noise = jnp.sum(explained) / count.astype(explained.dtype)
+    noise, searchable = _noise(members, gain)
     held = jnp.sum(members.filled, dtype=jnp.int32)
 
     def moves(for_each: float) -> Int[Array, ""]:
         scaled = options.effort * for_each * held.astype(noise.dtype)
         return jnp.ceil(scaled).astype(jnp.int32)
 
-    # Without a member or without an exchange there is nothing to search.
-    searchable = (held > 0) & jnp.isfinite(gain)
     hard = searchable & (-gain < _UNSURE * noise)
     unsure = searchable & (-gain < _SAFE * noise)
     short = jnp.where(unsure & (options.effort > 0), _SHORT, 0)
@@ -287,3 +282,20 @@ def _plan(members: Members, gain: Scalar, options: SearchOptions) -> _Plan:
         patience=jnp.where(hard, moves(_PATIENCE), _SHORT),
         limit=jnp.where(hard, moves(_LIMIT), short).astype(jnp.int32),
     )
+
+
+def is_safe(members: Members, gain: Scalar) -> Bool[Array, ""]:
+    """Whether the best exchange would cost more than noise can explain."""
+    noise, searchable = _noise(members, gain)
+    return ~searchable | (-gain >= _SAFE * noise)
+
+
+def _noise(members: Members, gain: Scalar) -> tuple[Scalar, Bool[Array, ""]]:
+    """Estimated variance of the noise, and whether there is anything to search."""
+    outside = ~members.inside
+    explained = jnp.where(outside, jnp.square(members.slope) / members.bend, 0)
+    count = jnp.maximum(jnp.sum(outside, dtype=jnp.int32), 1)
+    noise = jnp.sum(explained) / count.astype(explained.dtype)
+    held = jnp.sum(members.filled, dtype=jnp.int32)
+    # Without a member or without an exchange there is nothing to search.
+    return noise, (held > 0) & jnp.isfinite(gain)

@@ -309,12 +309,19 @@ def exchange_for(
 
 
 def best_addition(
-    problem: Problem, members: Members, barred: Barred | None = None
+    problem: Problem,
+    members: Members,
+    barred: Barred | None = None,
+    *,
+    full: Bool[Array, ""] | None = None,
 ) -> Move:
-    """The addition that lowers the objective most; see `best_move`."""
+    """The addition that lowers the objective most; see `best_move`.
+
+    `full` says that there is no room for another one, where that is known.
+    """
     gain = jnp.square(members.slope) / members.bend / 2 - problem.penalty
-    left = room(problem, members) > 0
-    if left.shape[0] > 1:
+    left = room(problem, members) > 0 if full is None else ~full
+    if left.ndim and left.shape[0] > 1:
         left = left[problem.group]
     open_ = ~members.inside & (problem.group >= 0) & left
     # A column that the members span brings nothing but rounding.
@@ -339,6 +346,75 @@ def best_removal(
     return Move(gain, leaving, slot, ~yes, yes)
 
 
+class _Change(NamedTuple):
+    """What a move does to the members, as vectors.
+
+    Attributes:
+      leaving: column of $K$ of the member that goes out, zeros for none, shape `(s,)`.
+      row: its row of the coupling, shape `(n,)`.
+      out: one over its pivot, shape `()`; zero for none.
+      at_column: coupling with the entry that comes in, after the removal, shape `(s,)`.
+      column: column of that entry, zeros for none, shape `(n,)`.
+      left: what the members leave of it, shape `(n,)`.
+      into: one over its pivot, shape `()`; zero for none.
+      slope: after the removal, shape `(n,)`.
+      bend: after the removal, shape `(n,)`.
+    """
+
+    leaving: Float[Array, "s"]
+    row: Float[Array, "n"]
+    out: Scalar
+    at_column: Float[Array, "s"]
+    column: Float[Array, "n"]
+    left: Float[Array, "n"]
+    into: Scalar
+    slope: Float[Array, "n"]
+    bend: Float[Array, "n"]
+
+
+def _change(problem: Problem, members: Members, move: Move) -> _Change:
+    def removal() -> _Change:
+        slot = move.slot
+        leaving = entry_at(members.inverse, slot)
+        row = entry_at(members.coupling, slot)
+        pivot = entry_at(leaving, slot)
+        out = jnp.where(
+            move.leaves & (pivot > 0), 1 / jnp.where(pivot > 0, pivot, 1), 0
+        )
+        nothing = jnp.zeros_like(row)
+        return _Change(
+            leaving=leaving,
+            row=row,
+            out=out,
+            at_column=jnp.zeros_like(leaving),
+            column=nothing,
+            left=nothing,
+            into=jnp.zeros_like(out),
+            slope=members.slope + row * (entry_at(members.values, slot) * out),
+            bend=members.bend + jnp.square(row) * out,
+        )
+
+    def entry() -> _Change:
+        change = removal()
+        column = columns(problem, move.column[None])[0]
+        crossing = entry_at(change.row, move.column) * change.out
+        at_column = entry_at(members.coupling.T, move.column)
+        at_column -= change.leaving * crossing
+        here = jnp.arange(at_column.shape[0], dtype=jnp.int32) == move.slot
+        at_column = jnp.where(here, 0, at_column)
+        return change._replace(
+            at_column=at_column,
+            column=column,
+            left=column - matmul(at_column, members.gram),
+            into=1 / entry_at(change.bend, move.column),
+        )
+
+    # A removal needs no pass over the data. What a conditional returns is written
+    # down: fused into the updates, it would read members while they are overwritten,
+    # and XLA would copy all of them first.
+    return jax.lax.cond(move.enters, entry, removal)
+
+
 def apply_move(problem: Problem, members: Members, move: Move) -> Members:
     """The members after a move: one new column, and updates of rank two."""
     # Comparisons with positions in place of scattered writes: they melt into the
@@ -347,27 +423,9 @@ def apply_move(problem: Problem, members: Members, move: Move) -> Members:
     slots, size = members.index.shape[0], problem.linear.shape[0]
     here = jnp.arange(slots, dtype=jnp.int32) == slot
     entries = jnp.arange(size, dtype=jnp.int32)
-    # A removal needs no pass over the data.
-    column_of = jax.lax.cond(
-        move.enters,
-        lambda: columns(problem, column[None])[0],
-        lambda: jnp.zeros_like(problem.linear),
-    )
-    leaving = entry_at(members.inverse, slot)
-    row = entry_at(members.coupling, slot)
+    change = _change(problem, members, move)
+    leaving, row, out, at_column, _, left, into, slope, bend = change
     value = entry_at(members.values, slot)
-    pivot = entry_at(leaving, slot)
-    out = jnp.where(move.leaves & (pivot > 0), 1 / jnp.where(pivot > 0, pivot, 1), 0)
-
-    # After the removal, at the entry that comes in.
-    at_column = entry_at(members.coupling.T, column) - leaving * (
-        entry_at(row, column) * out
-    )
-    at_column = jnp.where(here, 0, at_column)
-    bend = members.bend + jnp.square(row) * out
-    slope = members.slope + row * (value * out)
-    into = jnp.where(move.enters, 1 / entry_at(bend, column), 0)
-    left = column_of - matmul(at_column, members.gram)
     new = entry_at(slope, column) * into
 
     inverse = members.inverse - leaving[:, None] * (leaving * out)[None, :]
@@ -387,7 +445,7 @@ def apply_move(problem: Problem, members: Members, move: Move) -> Members:
         index=jnp.where(here, jnp.where(move.enters, column, 0), members.index),
         filled=jnp.where(here, move.enters, members.filled),
         gram=jax.lax.dynamic_update_slice(
-            members.gram, column_of[None], (slot, jnp.int32(0))
+            members.gram, change.column[None], (slot, jnp.int32(0))
         ),
         inverse=inverse,
         values=jnp.where(here, new, values),
@@ -405,7 +463,11 @@ def entry_at(x: Array, place: Int[Array, ""]) -> Array:
 
 def slack_of(problem: Problem, members: Members) -> Scalar:
     """Gain below which a move is rounding: relative to the value and its terms."""
-    eps = jnp.finfo(problem.linear.dtype).eps
-    value = jnp.abs(objective(problem, members))
     terms = jnp.vdot(members.values, problem.linear[members.index])
-    return 16 * eps * (value + eps**0.5 * jnp.abs(terms))
+    return slack_at(objective(problem, members), terms)
+
+
+def slack_at(value: Scalar, terms: Scalar) -> Scalar:
+    """The same, from the value and from what the members explain of it, twice."""
+    eps = jnp.finfo(value.dtype).eps
+    return 16 * eps * (jnp.abs(value) + eps**0.5 * jnp.abs(terms))

@@ -111,8 +111,8 @@ def l0cd(
         is not the number zero, coordinate descent finds the first support.
       l2: $\lambda_2 \ge 0$, in units of curvature; traced.
       l1: $\lambda_1 \ge 0$, in units of loss per unit of weight; traced. Where it is
-        not the number zero, exchanges leave the other weights as they are (there is
-        no closed form with refit), as in coordinate descent; quadratic models only.
+        not the number zero, the best exchanges are scored with the signs of the weights
+        held, and eight of them refitted at a time; quadratic models only.
       swaps: exact swap search; `False` leaves coordinate descent and a refit, for
         quadratic models. Static.
       order: in which coordinate descent visits weights: `"cyclic"`, by decreasing
@@ -120,8 +120,9 @@ def l0cd(
       starts: names among `"htp"`, `"screening"`, `"forward"` and `"random"` (needs
         `key`): a descent from each, run together; `None` for hard thresholding
         pursuit, and what the problem asks for after it. Static.
-      effort: scales the length of the search beyond the first local optimum; 0 for
-        none. Static.
+      effort: scales the length of the search beyond the first local optimum (a tabu
+        search; on losses that are no model, supports with more and fewer members); 0
+        for none. Static.
       key: typed PRNG key for random starts; `None` for none.
       max_kept: largest k of a sweep, which sets the shapes; a little above k if
         `None`, so that neighboring k share a compilation. Static.
@@ -134,7 +135,8 @@ def l0cd(
         refitted along with the support.
       tol: relative change at which to stop on losses that are no quadratic model; the
         relative gradient on the support must be below its square root too. Traced.
-      max_steps: largest number of models built; static.
+      max_steps: largest number of steps, each from one model (the last ones from
+        several, where the search goes on); static.
 
     Returns:
       A `Solution` with at most k prunable weights, whose objective includes the
@@ -175,7 +177,7 @@ def l0cd(
         )
     options = Options(
         slots=_slots(params, k, chosen, max_kept),
-        swaps=swaps and not lasso,
+        swaps=swaps,
         lasso=lasso,
         penalised=not _is_zero(penalty),
         order=order,
@@ -202,6 +204,7 @@ def l0cd(
         )
 
     staged = isinstance(loss_fn, QuadraticModel) and options.swaps and box is None
+    staged &= not lasso
     if not staged or _any_traced((loss_fn, params, k, tol, weights)):
         return solve(options, params)
     # Two programs: the search beyond the first local optimum takes longest to
@@ -253,6 +256,11 @@ def _slots(params: Params, k, chosen: tuple[bool, ...], max_kept: int | None) ->
 
 def _any_traced(tree: object) -> bool:
     return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
+
+
+def known_zero(tree: object) -> bool:
+    """Whether all entries are zero and that can be seen: they are not traced."""
+    return not _any_traced(tree) and not _any_nonzero(tree)
 
 
 def _any_nonzero(tree: object) -> bool:
