@@ -168,7 +168,7 @@ def pruned(
         k,
         batches=draw,
         curvature=builder_of(case),
-        variant="bso",
+        variant=case.variant,
         stages=stages,
         schedule=schedule,
         held_out=case.judges,

@@ -236,7 +236,7 @@ def _check_rows(model: QuadraticModel, solution: Solution) -> None:
         )
 
 
-def _as_array(value: Any, dtype: Any) -> Array | np.ndarray:
+def _as_array(value: Any, dtype: Any) -> Any:
     """An array of a dtype; what holds no JAX array stays one of NumPy's.
 
     That compiled functions take as it is: a conversion by JAX is a program of its own.
@@ -246,7 +246,7 @@ def _as_array(value: Any, dtype: Any) -> Array | np.ndarray:
     return np.asarray(value, jnp.result_type(dtype))
 
 
-def check_ridges(ridge: Ridge) -> Array | np.ndarray:
+def check_ridges(ridge: Ridge) -> Array:
     """The candidates as one vector, or an exception that says what is allowed."""
     ridges = _as_array(ridge, float)
     ridges = ridges[None] if ridges.ndim == 0 else ridges
