@@ -53,7 +53,7 @@ def solves(files: list[pathlib.Path]) -> dict:
             if row["event"] != "result":
                 continue
             size = row["loss"], row["n"], row["p"], row["k"]
-            problem = *size, row["rho"], row["snr"], row["coef"]
+            problem = *size, row["rho"], float(row["snr"]), row["coef"]
             found[problem][f"{row['peer']}.{row['variant']}"][row["seed"]] = row
     return found
 
@@ -72,19 +72,32 @@ def ratios(theirs: dict, ours: dict) -> list[float]:
     return [(a["obj_refit"] + 1e-6) / (b["obj_refit"] + 1e-6) for a, b in pairs]
 
 
+def _quality(theirs: dict | None, objectives: list[float] | None, noisy: bool) -> str:
+    """Their objective over ours; without noise how often they find the support."""
+    if not theirs or not objectives:
+        return "-"
+    if noisy:
+        return f"{statistics.median(objectives):.4f}"
+    return f"exact {sum(row['exact'] for row in theirs.values())}/{len(theirs)}"
+
+
 def judged(problem: tuple, found: dict) -> tuple[list[str], list]:
     """What is missed on a problem, and its row of the table."""
     *size, rho, snr, coef = problem
     ours, missed = found[OURS], []
     share = seconds(ours) / seconds(found[ABESS])
-    most = SHARES.get(tuple(size), float("inf")) if rho <= 0.5 else CORRELATED_SHARE
+    most = CORRELATED_SHARE
+    if rho <= 0.5 and coef == "pm1":
+        most = SHARES.get(tuple(size), float("inf"))
     if share > most:
         missed.append(f"time {share:.2f} of abess, target {most:g}")
     by_peer = {name: ratios(found[name], ours) for name in PEERS if name in found}
     for name, objectives in by_peer.items():
         if objectives and min(objectives) < 1 - SLACK:
             missed.append(f"objective above {name}: {min(objectives):.7f}")
-    noisy = snr < float("inf") and coef == "pm1"
+    noisy = snr < float("inf")
+    if not noisy and not all(row["exact"] for row in ours.values()):
+        missed.append("not exact without noise")
     if rho > 0.5 and size[-1] >= 50 and noisy:
         gain = 1 - 1 / statistics.median(by_peer[ABESS])
         if gain < CORRELATED_GAIN:
@@ -92,16 +105,13 @@ def judged(problem: tuple, found: dict) -> tuple[list[str], list]:
     loss, n, p, k = size
     name = f"{n} x {p}, k={k}"
     name = name if loss == "linear" else f"{loss}, {name}"
-    notes = ["no noise"] if snr == float("inf") else []
+    notes = [] if noisy else ["no noise"]
     notes += ["decaying coefficients"] if coef != "pm1" else []
     row = [", ".join([name, *notes]), rho, len(ours), round(1e3 * seconds(ours), 2)]
     row += [
         round(1e3 * seconds(found[peer]), 2) if peer in found else "-" for peer in PEERS
     ]
-    row += [
-        f"{statistics.median(by_peer[peer]):.4f}" if by_peer.get(peer) else "-"
-        for peer in PEERS
-    ]
+    row += [_quality(found.get(peer), by_peer.get(peer), noisy) for peer in PEERS]
     return missed, [*row, round(share, 2)]
 
 
