@@ -20,7 +20,7 @@ from sparserec.solvers._columns import make_problem
 from sparserec.solvers._coordinate import coordinate_descent
 from sparserec.solvers._escape import escape
 from sparserec.solvers._l0cd_loss import _within_capacity
-from sparserec.solvers._swaps import factorise
+from sparserec.solvers._members import factorise
 
 ROWS, SIZE = 30, 12  # one set of shapes: compilation is most of the time here
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sparserec import certificate, l0cd, quadratic
 from sparserec.budget import make_budget
-from sparserec.solvers import _swaps
+from sparserec.solvers import _members, _swaps
 from sparserec.solvers._columns import block, columns, make_problem, product_on
 from sparserec.solvers._pairs import exchange_pairs
 from sparserec.solvers._starts import slots_of
@@ -61,11 +61,11 @@ def neighbors(kept, k) -> dict[tuple[int, int], set[int]]:
 def _score(model, mask, k, penalty, l2, slots=SLOTS):
     budget = make_budget(k, model.center)
     problem = make_problem(model, budget, penalty=penalty, l2=l2)
-    members = _swaps.factorise(problem, *slots_of(mask, slots))
+    members = _members.factorise(problem, *slots_of(mask, slots))
     move = _swaps.best_move(problem, members)
     after = _swaps.apply_move(problem, members, move)
-    fresh = _swaps.refresh(problem, after)
-    return members, move, after, fresh, _swaps.objective(problem, after)
+    fresh = _members.refresh(problem, after)
+    return members, move, after, fresh, _members.objective(problem, after)
 
 
 @settings(max_examples=40)
@@ -151,7 +151,7 @@ def test_pairs_that_are_worth_nothing_alone():
     @jax.jit
     def search(model):
         problem = make_problem(model, make_budget(2, model.center))
-        members = _swaps.factorise(problem, *slots_of(mask, SLOTS))
+        members = _members.factorise(problem, *slots_of(mask, SLOTS))
         return exchange_pairs(problem, members)
 
     slots, value = search(model)

@@ -22,8 +22,9 @@ from sparserec.recovery._record import Path, Records, as_path, improve
 from sparserec.solvers._columns import group_of_entries, make_problem
 from sparserec.solvers._l0cd_refit import Candidate, refit
 from sparserec.solvers._l0cd_types import Weights
+from sparserec.solvers._members import Slots, factorise
 from sparserec.solvers._starts import slots_of
-from sparserec.solvers._swaps import Slots, best_removal, factorise
+from sparserec.solvers._swaps import best_removal
 from sparserec.solvers._walk import walk
 
 _MODELS = 10  # most models at one k

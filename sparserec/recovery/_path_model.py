@@ -21,16 +21,13 @@ from sparserec.budget import Budget
 from sparserec.quadratic import QuadraticModel
 from sparserec.recovery._record import Path, Records, as_path, improve
 from sparserec.solvers._columns import Problem, columns, make_problem
+from sparserec.solvers._members import Members, Slots, refresh, slack_at
 from sparserec.solvers._starts import empty
 from sparserec.solvers._swaps import (
-    Members,
-    Slots,
     apply_move,
     best_addition,
     best_exchange,
     best_removal,
-    refresh,
-    slack_at,
 )
 from sparserec.solvers._walk import REFRESH
 

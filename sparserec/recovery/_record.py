@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sparserec import _tree
 from sparserec._types import Count, Mask, Params, Scalar, Status
 from sparserec.budget import Budget
-from sparserec.solvers._swaps import Slots
+from sparserec.solvers._members import Slots
 
 
 class Path(NamedTuple):

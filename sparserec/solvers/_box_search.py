@@ -25,9 +25,9 @@ from sparserec._types import Scalar
 from sparserec.quadratic import Dense, QuadraticModel, make_objective
 from sparserec.solvers._box import Box
 from sparserec.solvers._columns import Problem, block, columns, product_on
+from sparserec.solvers._members import Members, Slots, factorise, floor_of
 from sparserec.solvers._refit import Scales
 from sparserec.solvers._refit_within import refit_within
-from sparserec.solvers._swaps import Members, Slots, factorise, floor_of
 
 _TRIED = 8  # exchanges refitted at every step
 

@@ -18,14 +18,9 @@ from jaxtyping import Array, Bool, Int
 
 from sparserec._types import Scalar
 from sparserec.solvers._columns import Problem, restricted
+from sparserec.solvers._members import Members, Slots, gather, objective
 from sparserec.solvers._pairs import exchange_pairs
-from sparserec.solvers._swaps import (
-    Members,
-    Slots,
-    exchange_gains,
-    gather,
-    objective,
-)
+from sparserec.solvers._swaps import exchange_gains
 from sparserec.solvers._walk import walk
 
 _NARROWEST, _WIDTH = 256, 8  # entries of a block: at least, and for every slot

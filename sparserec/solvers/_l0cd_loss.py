@@ -31,16 +31,9 @@ from sparserec.solvers._l0cd_types import (
     fixed_entries,
     mask_of,
 )
+from sparserec.solvers._members import Members, Slots, factorise
 from sparserec.solvers._starts import slots_of
-from sparserec.solvers._swaps import (
-    Members,
-    Move,
-    Slots,
-    best_move,
-    exchange_for,
-    exchange_gains,
-    factorise,
-)
+from sparserec.solvers._swaps import Move, best_move, exchange_for, exchange_gains
 from sparserec.solvers._walk import walk
 
 _TRIED = 8  # neighbors refitted where the model sees no way down

@@ -18,7 +18,7 @@ from sparserec.quadratic import Objective
 from sparserec.solvers import _starts
 from sparserec.solvers._columns import group_of_entries, make_problem
 from sparserec.solvers._l0cd_types import Weights, penalties
-from sparserec.solvers._swaps import Slots
+from sparserec.solvers._members import Slots
 
 _REFITS = 4  # models on one support before its loss is compared
 _HALVINGS = 10  # of a step of a refit

@@ -17,14 +17,9 @@ from sparserec.solvers._coordinate import coordinate_descent
 from sparserec.solvers._l0cd_loss import improve_loss
 from sparserec.solvers._l0cd_types import Options, Weights, mask_of, penalties
 from sparserec.solvers._l1_search import l1_search
+from sparserec.solvers._members import Members, Slots, factorise, slack_of
+from sparserec.solvers._members import objective as refitted_value
 from sparserec.solvers._starts import slots_of
-from sparserec.solvers._swaps import (
-    Members,
-    Slots,
-    factorise,
-    slack_of,
-)
-from sparserec.solvers._swaps import objective as refitted_value
 
 
 def init(

@@ -21,17 +21,15 @@ from sparserec._linsolve import matmul
 from sparserec._types import Scalar
 from sparserec.quadratic import Dense
 from sparserec.solvers._columns import Problem, over_rows
-from sparserec.solvers._swaps import (
+from sparserec.solvers._members import (
     Members,
-    Move,
     Slots,
-    apply_move,
     floor_of,
     objective,
-    removal_terms,
     room,
     slack_of,
 )
+from sparserec.solvers._swaps import Move, apply_move, removal_terms
 
 _TRIES = 16
 """Pairs that are tried, at most; each appears twice among the best."""

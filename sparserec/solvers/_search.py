@@ -20,7 +20,7 @@ from sparserec.budget import Budget
 from sparserec.solvers import _starts
 from sparserec.solvers._columns import Problem
 from sparserec.solvers._escape import escape
-from sparserec.solvers._swaps import Members, Slots, gather, objective
+from sparserec.solvers._members import Members, Slots, gather, objective
 from sparserec.solvers._walk import Walk, walk
 
 START_NAMES = ("htp", "screening", "forward", "random")

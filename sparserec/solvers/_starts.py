@@ -13,7 +13,7 @@ from sparserec import _linsolve, _tree, select
 from sparserec._types import Scalar
 from sparserec.budget import Budget
 from sparserec.solvers._columns import Problem, block, product_on
-from sparserec.solvers._swaps import Slots
+from sparserec.solvers._members import Slots
 
 HTP_STEPS = 12
 """Most rounds of hard thresholding pursuit; few supports change after the eighth."""

@@ -13,18 +13,8 @@ from jaxtyping import Array, Bool, Int
 
 from sparserec._types import Scalar
 from sparserec.solvers._columns import Problem
-from sparserec.solvers._swaps import (
-    Barred,
-    Members,
-    Move,
-    Slots,
-    apply_move,
-    best_move,
-    entry_at,
-    objective,
-    refresh,
-    slack_of,
-)
+from sparserec.solvers._members import Members, Slots, objective, refresh, slack_of
+from sparserec.solvers._swaps import Barred, Move, apply_move, best_move, entry_at
 
 REFRESH = 32
 """Moves between two fresh factorisations: updates lose about a digit in that many."""

@@ -18,9 +18,10 @@ from sparserec.solvers import _box
 from sparserec.solvers._box_search import place, refitted
 from sparserec.solvers._columns import make_problem, rounded
 from sparserec.solvers._l0cd_types import problem_value
+from sparserec.solvers._members import factorise
+from sparserec.solvers._members import objective as refitted_value
 from sparserec.solvers._starts import slots_of
-from sparserec.solvers._swaps import best_move, factorise
-from sparserec.solvers._swaps import objective as refitted_value
+from sparserec.solvers._swaps import best_move
 
 
 class Certificate(NamedTuple):
