@@ -452,6 +452,7 @@ def mlpnet():
     several = {
         "one stage, refined": [x for x in one_stage["iht, refined"] if x[1] > 90],
         "CHITA++": stored(stages),
+        "CHITA++, descent": stored(["mlpnet_chita_tuned"]),
         "I-OBS": stored(["mlpnet_fresh", "mlpnet_fresh_5", "mlpnet_fresh_2"]),
     }
     figure = Figure(figsize=(11, 4), layout="constrained")
