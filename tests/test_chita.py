@@ -18,6 +18,7 @@ from sparserec.budget import make_budget
 from sparserec.quadratic._fisher import fisher
 from sparserec.solvers import (
     _chita_backsolve,
+    _chita_compact,
     _chita_exchange,
     _chita_iht,
     _chita_rows,
@@ -129,6 +130,45 @@ def test_backsolve_is_accurate_in_single_precision_at_any_ridge(k):
         best = value(x, center, gradient, ridge, exact)
         found = value(x, center, gradient, ridge, point.params)
         assert abs(found - best) <= 1e-5 * abs(best), exponent
+
+
+LARGE = 512, 2048  # rows and weights: enough for a buffer of columns
+
+
+@pytest.mark.parametrize("slope", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_few_weights_are_solved_apart_and_many_in_place(slope):
+    """Supports that fit the buffer of columns, its edge, and larger ones."""
+    room = _chita_compact.capacity(*LARGE)
+    assert 0 < room < LARGE[1] // 2
+    rng = np.random.default_rng(3)
+    x = (rng.normal(size=LARGE) + rng.normal(size=(LARGE[0], 1))).astype(np.float32)
+    center = rng.normal(size=LARGE[1]).astype(np.float32)
+    gradient = slope * x.mean(axis=0)
+    model = quadratic.low_rank(
+        jnp.asarray(x), jnp.asarray(center), jnp.asarray(gradient)
+    )
+    solve = jax.jit(
+        lambda k, ridge: chita(
+            model, model.center, k, variant="bso", ridge=ridge, metric=0
+        )
+    )
+    for k in (0, 1, room // 2, room, room + 1, 2 * room):
+        for ridge in (0.1, 100.0):
+            solution = solve(k, ridge)
+            mask = np.asarray(solution.mask)
+            assert mask.sum() == k
+            assert not np.any(np.asarray(solution.params)[~mask])
+            columns, live = x[:, mask].astype(np.float64), center[mask]
+            pushed = x[:, ~mask].astype(np.float64) @ -center[~mask]
+            shifted = columns.T @ columns + ridge * np.eye(k)
+            move = np.linalg.solve(shifted, -gradient[mask] - pushed @ columns)
+            best = np.zeros(LARGE[1])
+            best[mask] = live + move
+            least = value(x, center, gradient, ridge, best)
+            found = value(x, center, gradient, ridge, np.asarray(solution.params))
+            assert abs(found - least) <= 1e-5 * abs(least), (k, ridge)
+            np.testing.assert_allclose(solution.objective, found, rtol=1e-4)
+    assert solve._cache_size() == 1
 
 
 def test_changes_are_those_of_full_refits():
