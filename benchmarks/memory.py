@@ -1,17 +1,22 @@
 """How much memory does pruning by rows of gradients take?
 
-Rows, model and solve of `chita`, each case in a process of its own: the peak of the
-resident memory above that after imports, loading, and the same run with a few rows,
-which compiles what any run needs. MLPNet and ResNet20 come from the folder that
+Rows, model and solve of `chita`, each case in a process of its own, by the peak of the
+resident memory. "Peak": of a run whose programs are compiled, above what is resident
+before it: imports, data, programs. "First": of the first run, compilation included,
+above that of the same run with a few rows. What the compiler takes depends on what it
+finds free, and varies by 100 MB. MLPNet and ResNet20 come from the folder that
 SPARSEREC_DATA names.
 
     python -m benchmarks.memory --json memory.json
 
-Prints megabytes beside one copy of the rows in float32; exits 1 where a case takes more
-than two such copies, or implicit rows more than 100 MB.
+Prints megabytes beside one copy of the rows in float32; exits 1 where the peak of a
+case is above two such copies, or that of implicit rows above 100 MB. Where the system
+cannot forget a peak (it is not Linux), "first" stands for both.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import pathlib
@@ -43,7 +48,16 @@ CASES = {  # name -> network, options of the rows, most megabytes
     "MLPNet": ("mlpnet", {}, 259),
     "MLPNet, implicit": ("mlpnet", {"implicit": True}, 100),
 }
-COLUMNS = ["case", "weights", "one float32 X, MB", "peak, MB", "copies", "target, MB"]
+COLUMNS = [
+    "case",
+    "weights",
+    "one float32 X, MB",
+    "peak, MB",
+    "copies",
+    "first, MB",
+    "target, MB",
+]
+PEAKS = pathlib.Path("/proc/self/clear_refs")
 
 
 def _resnet_loss(rest, stats, params, images, labels):
@@ -68,8 +82,22 @@ def network(name: str):
     return loss, params, (resnet.normalize(images), labels)
 
 
+def forget() -> bool:
+    """Starts a new peak from what is in use now; whether that is possible here."""
+    gc.collect()
+    if not PEAKS.exists():
+        return False
+    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back first
+    PEAKS.write_text("5")
+    return True
+
+
 def resident() -> float:
-    """Largest resident memory of this process so far, MB."""
+    """Largest resident memory of this process since the peak was forgotten, MB."""
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        lines = (x.split() for x in status.read_text().splitlines())
+        return next(float(x[1]) for x in lines if x[0] == "VmHWM:") * 1024 / MEGABYTE
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / MEGABYTE
 
@@ -88,18 +116,15 @@ def run(case: str) -> None:
         jax.block_until_ready(chita(model, params, weights // 5, variant="bso"))
 
     prune(FEW)
-    before = resident()
+    few = resident()
     prune(ROWS)
-    print(
-        json.dumps(
-            {
-                "weights": weights,
-                "imported": imported,
-                "before": before,
-                "after": resident(),
-            }
-        )
-    )
+    found = {"weights": weights, "imported": imported, "few": few, "first": resident()}
+    found |= {"before": few, "after": found["first"]}
+    if forget():
+        found["before"] = resident()
+        prune(ROWS)
+        found["after"] = resident()
+    print(json.dumps(found))
 
 
 def main() -> int:
@@ -115,19 +140,27 @@ def main() -> int:
     rows, details, met = [], {}, True
     for case, (_, _, most) in CASES.items():
         command = [sys.executable, "-m", "benchmarks.memory", "--case", case]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+        # One heap, so that what the compiler gave back is used again.
+        environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
+        output = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, env=environment
+        ).stdout
         found = details[case] = json.loads(output)
         single = ROWS * found["weights"] * 4 / MEGABYTE
-        peak = found["after"] - found["before"]
+        peak, first = (
+            found["after"] - found["before"],
+            found["first"] - found["few"],
+        )
         met &= peak <= most
         word = "met" if peak <= most else "MISSED"
         print(
             f"{case}: {peak:.0f} MB above {found['before']:.0f}, "
-            f"{peak / single:.2f} copies of X, target {most}: {word}",
+            f"{peak / single:.2f} copies of X (first {first:.0f}), target {most}: "
+            f"{word}",
             flush=True,
         )
         row = [case, found["weights"], round(single), round(peak)]
-        rows.append([*row, round(peak / single, 2), f"{most}: {word}"])
+        rows.append([*row, round(peak / single, 2), round(first), f"{most}: {word}"])
     save(options.json, COLUMNS, rows, cases=details)
     return 0 if met else 1
 

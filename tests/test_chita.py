@@ -18,12 +18,13 @@ from sparserec.budget import make_budget
 from sparserec.quadratic._fisher import fisher
 from sparserec.solvers import (
     _chita_backsolve,
+    _chita_compact,
     _chita_exchange,
     _chita_iht,
     _chita_rows,
     _chita_stages,
 )
-from sparserec.solvers._chita_types import Found
+from sparserec.solvers._chita_types import Found, Limits
 from sparserec.solvers._examples import divide
 from sparserec.solvers.chita import chita
 
@@ -129,6 +130,76 @@ def test_backsolve_is_accurate_in_single_precision_at_any_ridge(k):
         best = value(x, center, gradient, ridge, exact)
         found = value(x, center, gradient, ridge, point.params)
         assert abs(found - best) <= 1e-5 * abs(best), exponent
+
+
+@pytest.fixture
+def copied_columns(monkeypatch):
+    """Supports of at most 16 entries are copied together in the problem returned."""
+    monkeypatch.setattr(_chita_compact, "_LEAST", 0)
+    assert _chita_compact.capacity(24, 61) == 16
+    return instance(11, rows=24, weights=61)
+
+
+@pytest.mark.parametrize("slope", ["mean", "none", "other"])
+def test_backsolve_on_copied_columns(copied_columns, slope):
+    """Full and empty supports, one larger than fits; several ridges share the copy."""
+    model, x, center, gradient = copied_columns
+    if slope == "none":
+        gradient = np.zeros_like(gradient)
+    if slope == "other":
+        gradient = np.random.default_rng(3).normal(size=center.size)
+    model = dataclasses.replace(model, gradient=jnp.asarray(gradient))
+    for k in (0, 1, 11, 16, 17):
+        found = chita(model, model.center, k, variant="bso", ridge=0.02, metric=0)
+        mask = np.asarray(found.mask)
+        assert mask.sum() == k
+        if slope == "none":
+            np.testing.assert_array_equal(mask, oracles.top_k_mask(center, k))
+        expected = optimum(x, center, gradient, RIDGE + 0.02, mask)
+        np.testing.assert_allclose(found.params, expected, rtol=1e-7, atol=1e-9)
+        np.testing.assert_allclose(
+            found.objective - model.value,
+            value(x, center, gradient, RIDGE + 0.02, expected),
+            rtol=1e-8,
+            atol=1e-9,
+        )
+
+
+def test_ridges_share_copied_columns_and_starts_differ(copied_columns):
+    model, x, center, gradient = copied_columns
+    start = center + 0.1 * np.random.default_rng(0).normal(size=center.size)
+    limits = Limits(
+        ridges=jnp.asarray([0.0, 0.3]),
+        exchanges=jnp.int32(0),
+        tol=jnp.asarray(1e-3),
+        max_steps=jnp.int32(1),
+        metric=jnp.asarray(1.0),
+    )
+    budget = make_budget(9, model.center, lambda *_: True)
+    found = _chita_stages._candidates(
+        "bso", model, jnp.asarray(start), budget, limits, given=True
+    )
+    for i, ridge in enumerate((RIDGE, RIDGE + 0.3)):
+        expected = optimum(x, center, gradient, ridge, np.asarray(found.mask[i]))
+        np.testing.assert_allclose(found.params[i], expected, rtol=1e-7, atol=1e-9)
+
+
+def test_nan_off_the_copied_columns_is_found(copied_columns):
+    _, x, center, _ = copied_columns
+    x[3, np.argmin(np.abs(center))] = np.nan
+    broken = quadratic.low_rank(jnp.asarray(x), jnp.asarray(center))
+    with pytest.raises(ValueError, match="NaN"):
+        chita(broken, broken.center, 5, variant="bso", metric=0)
+
+
+@pytest.mark.parametrize("filled", [0, 3, 255, 256, 257, 2400])
+def test_rows_times_vectors_with_few_entries(filled):
+    rng = np.random.default_rng(filled)
+    x, vectors = rng.normal(size=(7, 2400)), np.zeros((2400, 3))
+    for column in vectors.T:
+        column[rng.permutation(2400)[:filled]] = rng.normal(size=filled)
+    found = jax.jit(_chita_rows.sparse_product)(jnp.asarray(x), jnp.asarray(vectors))
+    np.testing.assert_allclose(found, x @ vectors, rtol=1e-9, atol=1e-10)
 
 
 def test_changes_are_those_of_full_refits():
@@ -678,6 +749,9 @@ def test_a_given_model_keeps_what_its_rows_do_not_see():
         ({"stages": 0}, ValueError, "stages"),
         ({"ridge": -1.0}, ValueError, "ridge"),
         ({"ridge": [[1.0]]}, ValueError, "ridge"),
+        ({"ridge": [0.1, -1.0]}, ValueError, "ridge"),
+        ({"ridge": float("nan")}, ValueError, "ridge"),
+        ({"ridge": float("inf")}, ValueError, "ridge"),
         ({"held_out": 1.0}, ValueError, "held_out"),
         ({"exchanges": -1}, ValueError, "exchanges"),
         ({"exchanges": 1.5}, ValueError, "exchanges"),
