@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -213,17 +213,17 @@ def _check_rows(model: QuadraticModel, solution: Solution) -> None:
         )
 
 
-def _as_array(value: Any, dtype: Any) -> Array | np.ndarray:
+def _as_array(value: Any, dtype: Any) -> Array:
     """An array of a dtype; what holds no JAX array stays one of NumPy's.
 
     That compiled functions take as it is: a conversion by JAX is a program of its own.
     """
     if any(isinstance(x, jax.Array) for x in jax.tree.leaves(value)):
         return jnp.asarray(value, dtype)
-    return np.asarray(value, jnp.result_type(dtype))
+    return cast(Array, np.asarray(value, jnp.result_type(dtype)))
 
 
-def check_ridges(ridge: Ridge) -> Array | np.ndarray:
+def check_ridges(ridge: Ridge) -> Array:
     """The candidates as one vector, or an exception that says what is allowed."""
     ridges = _as_array(ridge, float)
     ridges = ridges[None] if ridges.ndim == 0 else ridges
