@@ -24,7 +24,7 @@ from sparserec.solvers import (
     _chita_rows,
     _chita_stages,
 )
-from sparserec.solvers._chita_types import Found
+from sparserec.solvers._chita_types import Found, Limits
 from sparserec.solvers._examples import divide
 from sparserec.solvers.chita import chita
 
@@ -132,43 +132,74 @@ def test_backsolve_is_accurate_in_single_precision_at_any_ridge(k):
         assert abs(found - best) <= 1e-5 * abs(best), exponent
 
 
-LARGE = 512, 2048  # rows and weights: enough for a buffer of columns
+@pytest.fixture
+def copied_columns(monkeypatch):
+    """Supports of at most 16 entries are copied together in the problem returned."""
+    monkeypatch.setattr(_chita_compact, "_LEAST", 0)
+    assert _chita_compact.capacity(24, 61) == 16
+    return instance(11, rows=24, weights=61)
 
 
-@pytest.mark.parametrize("slope", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_few_weights_are_solved_apart_and_many_in_place(slope):
-    """Supports that fit the buffer of columns, its edge, and larger ones."""
-    room = _chita_compact.capacity(*LARGE)
-    assert 0 < room < LARGE[1] // 2
-    rng = np.random.default_rng(3)
-    x = (rng.normal(size=LARGE) + rng.normal(size=(LARGE[0], 1))).astype(np.float32)
-    center = rng.normal(size=LARGE[1]).astype(np.float32)
-    gradient = slope * x.mean(axis=0)
-    model = quadratic.low_rank(
-        jnp.asarray(x), jnp.asarray(center), jnp.asarray(gradient)
-    )
-    solve = jax.jit(
-        lambda k, ridge: chita(
-            model, model.center, k, variant="bso", ridge=ridge, metric=0
+@pytest.mark.parametrize("slope", ["mean", "none", "other"])
+def test_backsolve_on_copied_columns(copied_columns, slope):
+    """Full and empty supports, one larger than fits; several ridges share the copy."""
+    model, x, center, gradient = copied_columns
+    if slope == "none":
+        gradient = np.zeros_like(gradient)
+    if slope == "other":
+        gradient = np.random.default_rng(3).normal(size=center.size)
+    model = dataclasses.replace(model, gradient=jnp.asarray(gradient))
+    for k in (0, 1, 11, 16, 17):
+        found = chita(model, model.center, k, variant="bso", ridge=0.02, metric=0)
+        mask = np.asarray(found.mask)
+        assert mask.sum() == k
+        if slope == "none":
+            np.testing.assert_array_equal(mask, oracles.top_k_mask(center, k))
+        expected = optimum(x, center, gradient, RIDGE + 0.02, mask)
+        np.testing.assert_allclose(found.params, expected, rtol=1e-7, atol=1e-9)
+        np.testing.assert_allclose(
+            found.objective - model.value,
+            value(x, center, gradient, RIDGE + 0.02, expected),
+            rtol=1e-8,
+            atol=1e-9,
         )
+
+
+def test_ridges_share_copied_columns_and_starts_differ(copied_columns):
+    model, x, center, gradient = copied_columns
+    start = center + 0.1 * np.random.default_rng(0).normal(size=center.size)
+    limits = Limits(
+        ridges=jnp.asarray([0.0, 0.3]),
+        exchanges=jnp.int32(0),
+        tol=jnp.asarray(1e-3),
+        max_steps=jnp.int32(1),
+        metric=jnp.asarray(1.0),
     )
-    for k in (0, 1, room // 2, room, room + 1, 2 * room):
-        for ridge in (0.1, 100.0):
-            solution = solve(k, ridge)
-            mask = np.asarray(solution.mask)
-            assert mask.sum() == k
-            assert not np.any(np.asarray(solution.params)[~mask])
-            columns, live = x[:, mask].astype(np.float64), center[mask]
-            pushed = x[:, ~mask].astype(np.float64) @ -center[~mask]
-            shifted = columns.T @ columns + ridge * np.eye(k)
-            move = np.linalg.solve(shifted, -gradient[mask] - pushed @ columns)
-            best = np.zeros(LARGE[1])
-            best[mask] = live + move
-            least = value(x, center, gradient, ridge, best)
-            found = value(x, center, gradient, ridge, np.asarray(solution.params))
-            assert abs(found - least) <= 1e-5 * abs(least), (k, ridge)
-            np.testing.assert_allclose(solution.objective, found, rtol=1e-4)
-    assert solve._cache_size() == 1
+    budget = make_budget(9, model.center, lambda *_: True)
+    found = _chita_stages._candidates(
+        "bso", model, jnp.asarray(start), budget, limits, given=True
+    )
+    for i, ridge in enumerate((RIDGE, RIDGE + 0.3)):
+        expected = optimum(x, center, gradient, ridge, np.asarray(found.mask[i]))
+        np.testing.assert_allclose(found.params[i], expected, rtol=1e-7, atol=1e-9)
+
+
+def test_nan_off_the_copied_columns_is_found(copied_columns):
+    _, x, center, _ = copied_columns
+    x[3, np.argmin(np.abs(center))] = np.nan
+    broken = quadratic.low_rank(jnp.asarray(x), jnp.asarray(center))
+    with pytest.raises(ValueError, match="NaN"):
+        chita(broken, broken.center, 5, variant="bso", metric=0)
+
+
+@pytest.mark.parametrize("filled", [0, 3, 255, 256, 257, 2400])
+def test_rows_times_vectors_with_few_entries(filled):
+    rng = np.random.default_rng(filled)
+    x, vectors = rng.normal(size=(7, 2400)), np.zeros((2400, 3))
+    for column in vectors.T:
+        column[rng.permutation(2400)[:filled]] = rng.normal(size=filled)
+    found = jax.jit(_chita_rows.sparse_product)(jnp.asarray(x), jnp.asarray(vectors))
+    np.testing.assert_allclose(found, x @ vectors, rtol=1e-9, atol=1e-10)
 
 
 def test_changes_are_those_of_full_refits():
@@ -757,6 +788,9 @@ def test_a_given_model_keeps_what_its_rows_do_not_see():
         ({"stages": 0}, ValueError, "stages"),
         ({"ridge": -1.0}, ValueError, "ridge"),
         ({"ridge": [[1.0]]}, ValueError, "ridge"),
+        ({"ridge": [0.1, -1.0]}, ValueError, "ridge"),
+        ({"ridge": float("nan")}, ValueError, "ridge"),
+        ({"ridge": float("inf")}, ValueError, "ridge"),
         ({"held_out": 1.0}, ValueError, "held_out"),
         ({"exchanges": -1}, ValueError, "exchanges"),
         ({"exchanges": 1.5}, ValueError, "exchanges"),

@@ -255,8 +255,10 @@ def check_ridges(ridge: Ridge) -> Array:
             "`ridge` must be one number or a sequence of them, got shape "
             f"{ridges.shape}."
         )
-    if not isinstance(ridges, Tracer) and not np.all(np.asarray(ridges) >= 0):
-        raise ValueError(f"`ridge` must be at least 0, got {ridge!r}.")
+    if isinstance(ridges, Tracer):
+        return ridges
+    if not np.all((np.asarray(ridges) >= 0) & np.isfinite(np.asarray(ridges))):
+        raise ValueError(f"`ridge` must be finite and at least 0, got {ridge!r}.")
     return ridges
 
 
