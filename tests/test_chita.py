@@ -452,7 +452,9 @@ def test_the_metric_says_what_weights_compete_by():
         assert set(kept) == set(np.argsort(-scores)[:5])
 
 
-@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize(
+    "first_order", [pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_fisher_blocks_are_minimised_on_the_support(first_order):
     rng = np.random.default_rng(12)
     inputs, targets = rng.normal(size=(9, 6)), rng.normal(size=(9, 4))
